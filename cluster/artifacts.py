@@ -1,0 +1,169 @@
+"""Typed readers of what `shard` and `quantize` leave on disk: any process opens them from a path."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cluster.architecture import Architecture
+    from lowrank.blocks import TensorSlice
+    from lowrank.quantization.residual import SplitWeight
+
+
+@dataclass(frozen=True)
+class ShardPiece:
+    """Rows [row_start, row_stop) of one tensor, stored under `key` in `file` (relative to the shard set)."""
+
+    file: str
+    key: str
+    row_start: int
+    row_stop: int
+
+
+@dataclass(frozen=True)
+class ShardedTensor:
+    """One tensor of a shard set; `transposed` says that the model stores the transpose of this shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    transposed: bool
+    nbytes: int
+    pieces: tuple[ShardPiece, ...]
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """The output of `shard`: row blocks in safetensors, an index in Parquet, config and tokenizer beside them."""
+
+    path: Path
+
+    @property
+    def meta_dir(self) -> Path:
+        """Directory with config.json and the tokenizer."""
+        return self.path / "units" / "meta"
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """Parameters and linear layers of the model."""
+        from cluster.architecture import Architecture
+
+        return Architecture.load(self.meta_dir / "architecture.json")
+
+    @cached_property
+    def tensors(self) -> dict[str, ShardedTensor]:
+        """Every tensor by name."""
+        import pyarrow.parquet as pq
+
+        grouped: dict[str, list[dict[str, Any]]] = {}
+        for row in pq.read_table(self.path / "units" / "index" / "index.parquet").to_pylist():
+            grouped.setdefault(row["tensor"], []).append(row)
+        return {name: _sharded(name, rows) for name, rows in grouped.items()}
+
+    def slices(self, name: str, start: int, stop: int) -> tuple[TensorSlice, ...]:
+        """Where rows [start, stop) of a tensor lie."""
+        from lowrank.blocks import TensorSlice
+
+        found = []
+        for piece in self.tensors[name].pieces:
+            low, high = max(start, piece.row_start), min(stop, piece.row_stop)
+            if low < high:
+                file = str(self.path / piece.file)
+                found.append(TensorSlice(file, piece.key, low - piece.row_start, high - piece.row_start))
+        return tuple(found)
+
+    def load(self, name: str) -> Tensor:
+        """A whole tensor in its stored dtype."""
+        import torch
+        from safetensors import safe_open
+
+        parts = []
+        for piece in self.tensors[name].pieces:
+            with safe_open(self.path / piece.file, framework="pt") as handle:
+                parts.append(handle.get_tensor(piece.key))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _sharded(name: str, rows: list[dict[str, Any]]) -> ShardedTensor:
+    rows = sorted(rows, key=lambda row: int(row["row_start"]))
+    return ShardedTensor(
+        name=name,
+        dtype=rows[0]["dtype"],
+        shape=tuple(rows[0]["shape"]),
+        transposed=bool(rows[0]["transposed"]),
+        nbytes=sum(int(row["nbytes"]) for row in rows),
+        pieces=tuple(ShardPiece(row["file"], row["key"], row["row_start"], row["row_stop"]) for row in rows),
+    )
+
+
+@dataclass(frozen=True)
+class SplitSet:
+    """The output of `quantize`: one packed residual, and the factors that were split off, per target layer."""
+
+    path: Path
+
+    @cached_property
+    def records(self) -> list[dict[str, Any]]:
+        """One record per target: module, shape, errors, bytes, fallback; in the model's order."""
+        import pyarrow.parquet as pq
+
+        rows: list[dict[str, Any]] = pq.read_table(self.path / "units" / "index" / "index.parquet").to_pylist()
+        return rows
+
+    @property
+    def modules(self) -> list[str]:
+        """Module paths of the targets."""
+        return [record["module"] for record in self.records]
+
+    def load(self, module: str) -> SplitWeight:
+        """The split of one layer."""
+        return load_split(self.path / "units" / module)
+
+    def items(self) -> Iterator[tuple[str, SplitWeight]]:
+        """(module, split) of every target."""
+        return ((module, self.load(module)) for module in self.modules)
+
+
+def save_split(directory: Path, split: SplitWeight) -> None:
+    """Write one layer's split as safetensors with a JSON header; the packed bytes, never a dequantized copy."""
+    from safetensors.torch import save_file
+
+    tensors = split.residual.to_tensors("residual")
+    if split.left is not None and split.right is not None:
+        tensors |= {"left": split.left.contiguous(), "right": split.right.contiguous()}
+    save_file(tensors, directory / "split.safetensors")
+    record = {
+        "name": split.name,
+        "residual": split.residual.meta(),
+        "quantization_error": split.quantization_error,
+        "plain_error": split.plain_error,
+        "fallback": split.fallback,
+    }
+    (directory / "split.json").write_text(json.dumps(record, sort_keys=True))
+
+
+def load_split(directory: Path) -> SplitWeight:
+    """Read what `save_split` wrote."""
+    from safetensors.torch import load_file
+
+    from lowrank.quantization.nf4 import NF4Tensor
+    from lowrank.quantization.residual import SplitWeight
+
+    record = json.loads((directory / "split.json").read_text())
+    tensors = load_file(directory / "split.safetensors")
+    return SplitWeight(
+        name=record["name"],
+        residual=NF4Tensor.from_tensors(tensors, "residual", record["residual"]),
+        left=tensors.get("left"),
+        right=tensors.get("right"),
+        quantization_error=record["quantization_error"],
+        plain_error=record["plain_error"],
+        fallback=record["fallback"],
+    )

@@ -1,0 +1,168 @@
+"""Configuration of data, fine-tuning, evaluation, serving and the cluster, importable without Ray or torch.
+
+Fields are part of the *result* (they enter a stage's key) unless annotated with `EXECUTION`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge, Gt, Interval
+
+from lowrank.config import EXECUTION, STRICT, AdapterConfig
+
+__all__ = [
+    "EXECUTION",
+    "ClusterConfig",
+    "DataConfig",
+    "EvaluateConfig",
+    "FinetuneConfig",
+    "ServeConfig",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Training and held-out rows: JSONL or Parquet; a file, a directory or a glob."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    train: Annotated[str, EXECUTION]
+    """Training rows. The content is hashed into the key, the path is not."""
+    heldout: Annotated[str, EXECUTION]
+    """Held-out rows; a row that also stands in `train` is refused."""
+    format: Literal["auto", "chat", "completion", "text"] = "auto"
+    """`chat` (`messages`), `completion` (`prompt`, `completion`), `text` (`text`), or `auto` by the first row's fields."""
+    max_length: Annotated[int, Ge(2)] = 512
+    """Longest row in tokens. A longer prompt loses its beginning, never its answer; an answer too long is refused."""
+    labels: list[str] | None = None
+    """Closed set of answers for accuracy. Null takes the distinct answers when they are at most `max_labels`."""
+    max_labels: Annotated[int, Ge(2)] = 32
+    """More distinct answers than this are free text: accuracy is then greedy exact match."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """LoRA-family fine-tuning with DeepSpeed ZeRO under Ray Train."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    """The adapter."""
+    num_workers: Annotated[int, Ge(1), EXECUTION] = 2
+    """Data-parallel workers."""
+    cpus_per_worker: Annotated[float, Gt(0), EXECUTION] = 1.0
+    """Logical CPUs a worker reserves."""
+    threads_per_worker: Annotated[int, Ge(1), EXECUTION] = 1
+    """Torch threads of a worker."""
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    """ZeRO stage; null takes 2 over an NF4 base and 3 over a dense one on GPUs, else 2."""
+    allow_zero3_quantized: bool = False
+    """ZeRO-3 over an NF4 base only with this flag; `zero.Init` is never used there."""
+    backend: Annotated[Literal["auto", "gloo", "nccl"], EXECUTION] = "auto"
+    """Collective backend; `auto` is nccl with GPUs, else gloo."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """`auto` is bfloat16 on GPUs that have it, else float32 (half precision is a trap on most CPUs)."""
+    epochs: Annotated[int, Ge(1)] = 1
+    """Passes over the training rows."""
+    max_steps: Annotated[int, Ge(1)] | None = None
+    """Stop after this many optimizer steps; null disables it."""
+    global_batch_size: Annotated[int, Ge(1)] = 16
+    """Rows per optimizer step over all workers and micro-batches; it does not depend on the number of workers."""
+    micro_batch_size: Annotated[int, Ge(1), EXECUTION] = 8
+    """Rows per forward pass of one worker."""
+    learning_rate: Annotated[float, Gt(0)] = 2e-4
+    """Peak learning rate of AdamW."""
+    min_lr_ratio: Annotated[float, Interval(ge=0, le=1)] = 0.0
+    """Final over peak learning rate of the cosine."""
+    warmup_ratio: Annotated[float, Interval(ge=0, lt=1)] = 0.05
+    """Share of the steps with linear warm-up."""
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+    """Decoupled weight decay."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's moments."""
+    max_grad_norm: Annotated[float, Ge(0)] = 1.0
+    """Global gradient clipping; 0 disables it."""
+    gradient_checkpointing: Annotated[bool, EXECUTION] = False
+    """Recompute activations in the backward pass to save memory."""
+    packing: bool = False
+    """Pack several rows into one of `data.max_length` tokens (GPUs); off, rows are batched by length (CPUs)."""
+    eval_every: Annotated[int, Ge(1)] | None = None
+    """Optimizer steps between evaluations on held-out rows; null evaluates at the end only."""
+    eval_rows: Annotated[int, Ge(1)] = 64
+    """Held-out rows (the first ones) of these evaluations."""
+    patience: Annotated[int, Ge(1)] | None = None
+    """Evaluations without improvement before training stops; null disables early stopping."""
+    keep: Literal["best", "last"] = "last"
+    """Which checkpoint becomes the adapter; `best` needs `eval_every`."""
+    checkpoint_every: Annotated[int, Ge(1), EXECUTION] = 10
+    """Optimizer steps between durable checkpoints."""
+    max_failures: Annotated[int, Ge(0), EXECUTION] = 3
+    """Times a lost worker is replaced before the stage fails."""
+    seed: int = 0
+    """Seed of the row order and of dropout."""
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """Extra DeepSpeed JSON keys, merged over the generated ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Held-out evaluation of dense, nf4, nf4_init and adapter on the same tokens, and the gate."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    metric: Literal["loss", "accuracy"] = "loss"
+    """What the gate and the champion are judged by."""
+    must_improve: bool = True
+    """Stop the line (exit code 5) unless the adapter beats nf4_init on `metric`."""
+    max_rows: Annotated[int, Ge(1)] | None = None
+    """Held-out rows used (the first ones); null uses all."""
+    max_new_tokens: Annotated[int, Ge(1)] = 64
+    """Longest greedy answer when accuracy is exact match."""
+    exact_match: bool = False
+    """Without a closed label set: generate greedily and count exact answers (slow); off, accuracy is null."""
+    rows_per_unit: Annotated[int, Ge(1), EXECUTION] = 100
+    """Rows per durable unit."""
+    batch_size: Annotated[int, Ge(1), EXECUTION] = 10
+    """Rows per forward pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """The OpenAI-compatible endpoint on Ray Serve."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    enabled: Annotated[bool, EXECUTION] = True
+    """Deploy after register."""
+    host: Annotated[str, EXECUTION] = "127.0.0.1"
+    """Address to bind; anything but loopback needs a token file of your own."""
+    port: Annotated[int, Interval(ge=1, le=65535), EXECUTION] = 8000
+    """HTTP port."""
+    num_replicas: Annotated[int, Ge(1), EXECUTION] = 1
+    """Replicas of the engine."""
+    num_cpus: Annotated[float, Gt(0), EXECUTION] = 1.0
+    """Logical CPUs of a replica."""
+    token_file: Annotated[str | None, EXECUTION] = None
+    """File with the bearer token (mode 0600); null makes one in the store."""
+    max_new_tokens: Annotated[int, Ge(1), EXECUTION] = 512
+    """Largest `max_tokens` of a request."""
+    max_concurrent: Annotated[int, Ge(1), EXECUTION] = 16
+    """Requests in flight per replica; more are answered 429."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """Where it runs."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    address: Annotated[str | None, EXECUTION] = None
+    """Address of a running Ray cluster (`HOST:PORT`); null starts or adopts an embedded one."""
+    num_cpus: Annotated[int, Ge(1), EXECUTION] | None = None
+    """Logical CPUs of the embedded cluster; null is max(4, 2 × cores), room for training, data and serving."""
+    max_in_flight: Annotated[int, Ge(1), EXECUTION] | None = None
+    """Units in flight at once; null is the cluster's CPUs, at most the physical cores when embedded."""
+    task_cpus: Annotated[float, Gt(0), EXECUTION] = 1.0
+    """Logical CPUs of one unit task."""
+    token_file: Annotated[str | None, EXECUTION] = None
+    """Ray's authentication token; null takes RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token."""

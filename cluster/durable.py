@@ -1,0 +1,201 @@
+"""Durable commits on a file system: temporary name, fsync, a manifest with a sha256 per file, one atomic rename.
+
+A *unit* is a directory that is either absent or whole. What it holds is hashed in its `unit.json`; how it came about
+(node, process, seconds, memory) lies beside it in `sidecar.json`, outside every hash. Every process that works on
+units also appends to a ledger file of its own, so that any number of nodes can tell what was started and committed
+where without a lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MANIFEST, SIDECAR = "unit.json", "sidecar.json"
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Hex sha256 of bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def canonical(value: Any) -> bytes:
+    """JSON with one spelling: sorted keys, no spaces."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str).encode()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Replace a file by a whole new one, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    try:
+        with os.fdopen(descriptor, "wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+        raise
+    _sync(path.parent)
+
+
+def write_json(path: Path, value: Any, mode: int = 0o644) -> None:
+    """Replace a JSON file atomically."""
+    write_atomic(path, json.dumps(value, indent=2, sort_keys=True, default=str).encode() + b"\n", mode)
+
+
+@dataclass(frozen=True)
+class UnitRecord:
+    """A committed unit: sha256 per file, the facts that its stage passes on, and the hash over both."""
+
+    name: str
+    files: dict[str, str]
+    facts: dict[str, Any]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class UnitStore:
+    """The units of one stage under `root/units`, and their ledger under `root/ledger`."""
+
+    root: Path
+
+    def path(self, unit: str) -> Path:
+        """Directory of a unit, whether it is committed or not."""
+        return self.root / "units" / unit
+
+    def is_committed(self, unit: str) -> bool:
+        """Whether the unit is there, whole."""
+        return (self.path(unit) / MANIFEST).is_file()
+
+    def commit(self, unit: str, write: Callable[[Path], dict[str, Any] | None]) -> UnitRecord:
+        """Make a unit: `write(directory)` fills a temporary directory and returns facts; then one rename.
+
+        Two processes that make the same unit at once leave one of the (equal) results. Facts enter the unit's hash.
+        """
+        started = time.time()
+        self.log("start", unit)
+        final = self.path(unit)
+        temporary = self.root / "tmp" / f"{unit}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
+        temporary.mkdir(parents=True)
+        try:
+            facts = write(temporary) or {}
+            record = _seal(temporary, unit, facts)
+            sidecar = {"host": socket.gethostname(), "node": node_id(), "pid": os.getpid(), "started": started}
+            sidecar |= {"seconds": time.time() - started, "peak_rss_bytes": peak_rss_bytes()}
+            (temporary / SIDECAR).write_text(json.dumps(sidecar))
+            final.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.rename(temporary, final)
+            except OSError:
+                if not self.is_committed(unit):
+                    raise
+            _sync(final.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        self.log("commit", unit, sha256=record.sha256, seconds=time.time() - started)
+        return record
+
+    def read(self, unit: str, verify: bool = False) -> UnitRecord:
+        """The record of a committed unit; `verify` re-hashes its files.
+
+        Raises:
+            FileNotFoundError: not committed. ValueError: damaged; the message names the file.
+        """
+        directory = self.path(unit)
+        try:
+            data = json.loads((directory / MANIFEST).read_text())
+            record = UnitRecord(data["name"], data["files"], data["facts"], data["sha256"])
+        except (KeyError, ValueError, TypeError) as error:
+            raise ValueError(f"{directory / MANIFEST} is damaged ({error})") from error
+        if _digest(record.name, record.files, record.facts) != record.sha256:
+            raise ValueError(f"{directory / MANIFEST} is damaged: its own hash does not match")
+        if verify:
+            for file, digest in record.files.items():
+                if not (directory / file).is_file() or sha256_file(directory / file) != digest:
+                    raise ValueError(f"{directory / file} is damaged: its sha256 does not match the manifest")
+        return record
+
+    def sidecar(self, unit: str) -> dict[str, Any]:
+        """Who made the unit, where, and at what cost."""
+        value: dict[str, Any] = json.loads((self.path(unit) / SIDECAR).read_text())
+        return value
+
+    def discard(self, unit: str) -> None:
+        """Remove a unit that turned out to be damaged."""
+        shutil.rmtree(self.path(unit), ignore_errors=True)
+
+    def log(self, event: str, unit: str, **facts: Any) -> None:
+        """Append one line to this process's own ledger file."""
+        directory = self.root / "ledger"
+        directory.mkdir(parents=True, exist_ok=True)
+        line = {"event": event, "unit": unit, "time": time.time(), "node": node_id(), "pid": os.getpid(), **facts}
+        with (directory / f"{socket.gethostname()}-{os.getpid()}.jsonl").open("a") as handle:
+            handle.write(json.dumps(line) + "\n")
+
+    def ledger(self) -> Iterator[dict[str, Any]]:
+        """Every line of every process's ledger, by time; a torn last line is passed over."""
+        lines = []
+        for file in sorted((self.root / "ledger").glob("*.jsonl")):
+            for text in file.read_text().splitlines():
+                with contextlib.suppress(ValueError):
+                    lines.append(json.loads(text))
+        return iter(sorted(lines, key=lambda line: float(line["time"])))
+
+
+def _seal(directory: Path, unit: str, facts: dict[str, Any]) -> UnitRecord:
+    files = {}
+    for file in sorted(path for path in directory.rglob("*") if path.is_file()):
+        _sync(file)
+        files[file.relative_to(directory).as_posix()] = sha256_file(file)
+    record = UnitRecord(unit, files, facts, _digest(unit, files, facts))
+    write_json(directory / MANIFEST, {"name": unit, "files": files, "facts": facts, "sha256": record.sha256})
+    return record
+
+
+def _digest(unit: str, files: dict[str, str], facts: dict[str, Any]) -> str:
+    return sha256_bytes(canonical({"name": unit, "files": files, "facts": facts}))
+
+
+def node_id() -> str:
+    """Ray's id of this node inside a Ray worker, else `driver`."""
+    import sys
+
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return "driver"
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident set of this process so far."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,190 @@
+"""Build the four models of a run from what the stages left on disk: dense, nf4, nf4_init and adapter.
+
+Weights are assigned to a model made on the meta device, so that nothing is initialised only to be overwritten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from cluster.architecture import load_config, meta_model
+from cluster.artifacts import ShardSet, SplitSet
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lowrank.adapters.lora import LoRA
+    from lowrank.config import AdapterConfig
+
+Variant = Literal["dense", "nf4", "nf4_init", "adapter"]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model's parts lie; small, picklable, the same on every node of the cluster.
+
+    `base` says what the frozen target layers are: `nf4` (the split of `quantize`) or `dense`.
+    """
+
+    shards: Path
+    splits: Path
+    adapter: AdapterConfig
+    adapter_dir: Path | None = None
+    base: Literal["nf4", "dense"] = "nf4"
+
+
+def compute_dtype(choice: str, device: str) -> torch.dtype:
+    """The dtype to compute in: bfloat16 on GPUs that have it, else float32 (half precision crawls on most CPUs)."""
+    import torch
+
+    if choice == "auto":
+        return torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[choice]
+
+
+def load_tokenizer(shards: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that `shard` kept."""
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(ShardSet(shards).meta_dir))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def build_dense(shards: ShardSet, dtype: torch.dtype, layers: Mapping[str, nn.Module] | None = None) -> PreTrainedModel:
+    """The model of a shard set; `layers` replaces modules before their weights would be read."""
+    from lowrank.inject import replace_module
+
+    config = load_config(shards.meta_dir)
+    model = meta_model(config)
+    for name, layer in (layers or {}).items():
+        replace_module(model, name, layer)
+    _assign(model, shards, dtype)
+    _load_buffers(model, shards)
+    _materialise_buffers(model)
+    model.requires_grad_(False)
+    if (shards.meta_dir / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(str(shards.meta_dir))
+    return model.eval()
+
+
+def _assign(model: PreTrainedModel, shards: ShardSet, dtype: torch.dtype) -> None:
+    from torch import nn
+
+    aliases = shards.architecture.aliases
+    loaded: dict[str, nn.Parameter] = {}
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if not parameter.is_meta:
+            continue
+        owner = aliases.get(name, name)
+        if owner not in loaded:
+            tensor = shards.load(owner)
+            tensor = tensor.T.contiguous() if shards.tensors[owner].transposed else tensor
+            loaded[owner] = nn.Parameter(tensor.to(dtype), requires_grad=False)
+        parent, _, leaf = name.rpartition(".")
+        model.get_submodule(parent)._parameters[leaf] = loaded[owner]
+
+
+def _load_buffers(model: PreTrainedModel, shards: ShardSet) -> None:
+    for name, buffer in list(model.named_buffers()):
+        if buffer.is_meta and name in shards.tensors:
+            parent, _, leaf = name.rpartition(".")
+            model.get_submodule(parent)._buffers[leaf] = shards.load(name)
+
+
+def _materialise_buffers(model: PreTrainedModel) -> None:
+    """Compute the buffers that no checkpoint holds (rotary frequencies, causal masks)."""
+    import torch
+
+    with torch.no_grad():
+        for module in model.modules():
+            if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+                for name, buffer in module.named_buffers(recurse=False):
+                    module._buffers[name] = torch.empty_like(buffer, device="cpu")
+                model._init_weights(module)
+
+
+def build_variant(source: ModelSource, variant: Variant, dtype: torch.dtype) -> PreTrainedModel:
+    """One of the four models that `evaluate` compares; `adapter` also serves `nf4_init` under the name `init`.
+
+    dense: W. nf4: NF4(W). nf4_init: Q + L·R, the split before training. adapter: Q + s·B·A.
+    """
+    shards = ShardSet(source.shards)
+    if variant == "dense":
+        return build_dense(shards, dtype)
+    if variant == "nf4":
+        return build_dense(shards, dtype, _plain_nf4_layers(source))
+    return build_adapted(source, dtype, {"init": None} if variant == "nf4_init" else {"adapter": source.adapter_dir})
+
+
+def build_adapted(source: ModelSource, dtype: torch.dtype, adapters: Mapping[str, Path | None]) -> PreTrainedModel:
+    """The base of `source` with named adapters on every target; a path loads one, None makes the initial one.
+
+    The first name is active.
+    """
+    from lowrank.adapters.peft_format import load_adapter
+    from lowrank.inject import inject
+
+    shards = ShardSet(source.shards)
+    model = build_dense(shards, dtype, _nf4_layers(source) if source.base == "nf4" else None)
+    named: dict[str, dict[str, LoRA]] = {module: {} for module in SplitSet(source.splits).modules}
+    for name, path in adapters.items():
+        made = initial_adapters(source) if path is None else load_adapter(path)
+        for module, adapter in made.items():
+            named[module][name] = adapter
+    inject(model, named, next(iter(adapters)))
+    return model.eval()
+
+
+def _nf4_layers(source: ModelSource) -> dict[str, nn.Module]:
+    from lowrank.linear import NF4Linear
+
+    shards = ShardSet(source.shards)
+    splits = SplitSet(source.splits).items()
+    return {module: NF4Linear(split.residual, _bias(shards, module)) for module, split in splits}
+
+
+def _plain_nf4_layers(source: ModelSource) -> dict[str, nn.Module]:
+    """NF4(W) made on the spot: cheap to compute, and so never stored."""
+    from lowrank.linear import NF4Linear
+    from lowrank.quantization.nf4 import quantize_nf4
+
+    shards = ShardSet(source.shards)
+    layers: dict[str, nn.Module] = {}
+    for record in SplitSet(source.splits).records:
+        module = record["module"]
+        weight = shards.load(f"{module}.weight").float()
+        quantized = quantize_nf4(weight, record["block_size"], record["double_quant"])
+        layers[module] = NF4Linear(quantized, _bias(shards, module))
+    return layers
+
+
+def _bias(shards: ShardSet, module: str) -> Tensor | None:
+    name = f"{module}.bias"
+    return shards.load(name).float() if name in shards.tensors else None
+
+
+def initial_adapters(source: ModelSource) -> dict[str, LoRA]:
+    """The adapter of every target before training (`finetune.adapter.init`)."""
+    from lowrank.adapters.split import initial_lora
+
+    made: dict[str, LoRA] = {}
+    use_split = source.adapter.init == "split" and source.base == "nf4"
+    for index, (module, split) in enumerate(SplitSet(source.splits).items()):
+        left, right = (split.left, split.right) if use_split else (None, None)
+        made[module] = initial_lora(module, split.residual.shape, left, right, source.adapter, index)
+    return made
+
+
+def generation_defaults(model: PreTrainedModel) -> dict[str, Any]:
+    """Token ids that end an answer, from the model's own configuration."""
+    eos = model.generation_config.eos_token_id if model.generation_config else model.config.eos_token_id
+    return {"eos": [eos] if isinstance(eos, int) else list(eos or [])}

@@ -1,0 +1,228 @@
+"""The routes of the endpoint: OpenAI's models, chat completions and completions, and two open health routes.
+
+Annotations are evaluated here (no `from __future__ import annotations`): FastAPI reads them, and the web framework is
+imported inside `create_app` so that importing this module stays instant.
+"""
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+from cluster.serving.auth import TokenCheck
+from cluster.serving.engine import Piece
+from cluster.serving.middleware import FACTS, AccessLog, App, Guard
+from cluster.serving.protocol import (
+    MAX_BODY_BYTES,
+    ApiError,
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+    usage,
+    validation_error,
+)
+from cluster.serving.service import Generation, Service
+
+
+class Answer:
+    """OpenAI's objects for one answer of either route."""
+
+    def __init__(self, request: GenerationRequest) -> None:
+        self._chat = isinstance(request, ChatRequest)
+        self._model = request.model
+        self._id = f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+
+    def whole(self, text: str, last: Piece, prompt_tokens: int) -> dict[str, Any]:
+        """The object of an answer that is not streamed."""
+        content = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
+        body = self._object("chat.completion", [content | self._choice(last)])
+        return body | {"usage": usage(prompt_tokens, last.completion_tokens)}
+
+    def opening(self) -> dict[str, Any] | None:
+        """A chat stream first says who speaks."""
+        return self._chunk({"role": "assistant", "content": ""}, Piece("", 0)) if self._chat else None
+
+    def chunk(self, piece: Piece) -> dict[str, Any]:
+        """One piece of a stream."""
+        return self._chunk({"content": piece.text} if piece.text else {}, piece)
+
+    def usage_chunk(self, prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
+        """The last chunk of a stream that asked for usage."""
+        return self._object("chat.completion.chunk", []) | {"usage": usage(prompt_tokens, completion_tokens)}
+
+    def _chunk(self, delta: dict[str, str], piece: Piece) -> dict[str, Any]:
+        content: dict[str, Any] = {"delta": delta} if self._chat else {"text": piece.text}
+        return self._object("chat.completion.chunk", [content | self._choice(piece)])
+
+    def _choice(self, piece: Piece) -> dict[str, Any]:
+        return {"index": 0, "logprobs": None, "finish_reason": piece.finish}
+
+    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        kind = kind if self._chat else "text_completion"
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._model, "choices": choices}
+
+
+def _event(value: Any) -> bytes:
+    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+def _failed() -> ApiError:
+    return ApiError(500, "The generation failed; see the replica's log.", type="server_error", code="internal_error")
+
+
+def _note(facts: dict[str, Any], piece: Piece) -> None:
+    facts["completion_tokens"], facts["finish"] = piece.completion_tokens, piece.finish or "client_left"
+
+
+async def _events(request: GenerationRequest, generation: Generation, facts: dict[str, Any]) -> AsyncIterator[bytes]:
+    """Server-sent events of one answer, ending with `[DONE]`."""
+    answer = Answer(request)
+    extra = {"usage": None} if request.include_usage else {}
+    opening = answer.opening()
+    if opening is not None:
+        yield _event(opening | extra)
+    async for piece in generation.pieces():
+        _note(facts, piece)
+        if piece.finish in ("error", "cancelled"):
+            yield _event(_failed().body())
+            return
+        if piece.text:
+            yield _event(answer.chunk(Piece(piece.text, piece.completion_tokens)) | extra)
+        if piece.finish is not None:
+            yield _event(answer.chunk(Piece("", piece.completion_tokens, piece.finish)) | extra)
+            if request.include_usage:
+                yield _event(answer.usage_chunk(generation.prompt_tokens, piece.completion_tokens))
+    yield b"data: [DONE]\n\n"
+
+
+async def _collect(request: GenerationRequest, generation: Generation, facts: dict[str, Any]) -> dict[str, Any]:
+    texts: list[str] = []
+    last = Piece("", 0)
+    async for piece in generation.pieces():
+        texts.append(piece.text)
+        last = piece
+        _note(facts, piece)
+    if last.finish in ("error", "cancelled"):
+        raise _failed()
+    return Answer(request).whole("".join(texts), last, generation.prompt_tokens)
+
+
+def _note_start(facts: dict[str, Any], request: GenerationRequest, generation: Generation) -> None:
+    # The model id is a known one by now, so that nobody writes lines of their own into the log.
+    facts |= {"model": request.model, "stream": bool(request.stream), "prompt_tokens": generation.prompt_tokens}
+
+
+def create_app(service: Service, check: TokenCheck) -> App:
+    """The whole ASGI application over one service."""
+    from fastapi import FastAPI, Request
+    from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+    class EventStream(StreamingResponse):
+        """Frees the slot however the response ends, even if its first byte was never sent."""
+
+        def __init__(self, request: GenerationRequest, generation: Generation, facts: dict[str, Any]) -> None:
+            super().__init__(_events(request, generation, facts), media_type="text/event-stream")
+            self.headers["Cache-Control"] = "no-cache"
+            self._generation = generation
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            try:
+                await super().__call__(scope, receive, send)
+            finally:
+                self._generation.cancel()
+
+    app = FastAPI(title="rankline", redoc_url=None)
+    _add_error_handlers(app)
+
+    async def answer(request: GenerationRequest, generation: Generation, http: Request) -> Response:
+        facts = http.scope[FACTS]
+        _note_start(facts, request, generation)
+        if request.stream:
+            return EventStream(request, generation, facts)
+        try:
+            whole = await _unless_gone(http, _collect(request, generation, facts))
+        finally:
+            generation.cancel()
+        return JSONResponse(whole)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: ChatRequest, http: Request) -> Response:
+        return await answer(body, await service.chat(body), http)
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, http: Request) -> Response:
+        return await answer(body, await service.complete(body), http)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_model(service, model_id) for model_id in service.model_ids]}
+
+    @app.get("/v1/models/{model_id:path}")
+    async def model(model_id: str) -> dict[str, Any]:
+        service.require(model_id)
+        return _model(service, model_id)
+
+    @app.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/readyz")
+    async def readyz() -> Response:
+        ready = service.healthy
+        return JSONResponse({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
+
+    known = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/docs", "/openapi.json")
+    return AccessLog(Guard(app, check, MAX_BODY_BYTES), known)
+
+
+def _model(service: Service, model_id: str) -> dict[str, Any]:
+    return {"id": model_id, "object": "model", "created": service.created, "owned_by": "rankline"}
+
+
+async def _unless_gone(http: Any, work: Any) -> Any:
+    """Await `work`, but give up when the client closes the connection."""
+
+    async def gone() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(gone())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not tasks[0].done():
+            raise ApiError(499, "The client closed the connection.", code="client_closed_request")
+        return tasks[0].result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _add_error_handlers(app: Any) -> None:
+    from fastapi import Request
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import JSONResponse
+    from starlette.exceptions import HTTPException
+
+    def respond(error: ApiError) -> JSONResponse:
+        return JSONResponse(error.body(), error.status, headers=error.headers)
+
+    async def api(_: Request, error: ApiError) -> JSONResponse:
+        return respond(error)
+
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        return respond(validation_error(list(error.errors())))
+
+    async def http(_: Request, error: HTTPException) -> JSONResponse:
+        return respond(ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {})))
+
+    async def unexpected(_: Request, error: Exception) -> JSONResponse:
+        return respond(_failed())
+
+    app.add_exception_handler(ApiError, api)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(Exception, unexpected)

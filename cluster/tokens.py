@@ -1,0 +1,161 @@
+"""`tokens.parquet`: the tokenised rows that training and evaluation read, and the map that makes them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.durable import write_atomic
+from cluster.rows import EncodedRow, RowFormat, RowProblem, encode_row
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+    from transformers import PreTrainedTokenizerBase
+
+TOKENS_FILE = "tokens.parquet"
+_META = b"rankline"
+
+
+def tokens_schema() -> pa.Schema:
+    """Columns of `tokens.parquet`."""
+    import pyarrow as pa
+
+    return pa.schema(
+        [
+            ("row", pa.int64()),
+            ("input_ids", pa.list_(pa.int32())),
+            ("labels", pa.list_(pa.int32())),
+            ("num_answer_tokens", pa.int32()),
+            ("prompt", pa.string()),
+            ("prompt_ids", pa.list_(pa.int32())),
+            ("answer", pa.string()),
+        ]
+    )
+
+
+def _mapped_schema() -> pa.Schema:
+    import pyarrow as pa
+
+    columns = [field for field in tokens_schema() if field.name != "row"]
+    extra = [("path", pa.string()), ("truncated", pa.bool_()), ("problem", pa.string())]
+    return pa.schema([*columns, *(pa.field(name, kind) for name, kind in extra)])
+
+
+@lru_cache(maxsize=2)
+def _tokenizer(directory: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    # Long prompts are cut by us, at the front; the tokenizer's own warning about them would be wrong.
+    tokenizer.model_max_length = 1 << 62
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class EncodeBatch:
+    """The map of Ray Data and of the in-process reader: a table of rows (with `path`) → a table of tokens.
+
+    A bad row becomes a `problem`: only the driver knows the position of a row in its file, and reports it.
+    """
+
+    tokenizer_dir: str
+    row_format: RowFormat
+    max_length: int
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Tokenise a batch, row by row, in order."""
+        import pyarrow as pa
+
+        tokenizer = _tokenizer(self.tokenizer_dir)
+        rows = [self._encode(row, tokenizer) for row in batch.to_pylist()]
+        return pa.Table.from_pylist(rows, schema=_mapped_schema())
+
+    def _encode(self, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        try:
+            encoded = encode_row(row, tokenizer, self.row_format, self.max_length)
+        except RowProblem as problem:
+            return {"path": row["path"], "problem": str(problem)}
+        return {"path": row["path"], "truncated": encoded.truncated, **_columns(encoded)}
+
+
+def _columns(row: EncodedRow) -> dict[str, Any]:
+    names = ("input_ids", "labels", "num_answer_tokens", "prompt", "prompt_ids", "answer")
+    return {name: getattr(row, name) for name in names}
+
+
+def write_tokens(mapped: pa.Table, out: Path, facts: dict[str, Any]) -> Path:
+    """Write rows in their order as one Parquet file with deterministic bytes; `facts` go into its metadata."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = [field.name for field in tokens_schema() if field.name != "row"]
+    table = mapped.select(columns).add_column(0, "row", pa.array(range(mapped.num_rows), pa.int64()))
+    table = table.cast(tokens_schema()).combine_chunks()
+    table = table.replace_schema_metadata({_META: json.dumps(facts, sort_keys=True).encode()})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", row_group_size=65536)
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / TOKENS_FILE, sink.getvalue().to_pybytes())
+    return out / TOKENS_FILE
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """The rows of a `tokens.parquet` in memory."""
+
+    table: pa.Table
+
+    @classmethod
+    def read(cls, path: Path) -> TokenTable:
+        """Open the file, or the directory that holds it."""
+        import pyarrow.parquet as pq
+
+        return cls(pq.read_table(path / TOKENS_FILE if path.is_dir() else path))
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What `prepare_tokens` wrote beside the rows: format, max_length, counts."""
+        facts: dict[str, Any] = json.loads((self.table.schema.metadata or {}).get(_META, b"{}"))
+        return facts
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens per row."""
+        import pyarrow.compute as pc
+
+        values: list[int] = pc.list_value_length(self.table["input_ids"]).to_pylist()
+        return values
+
+    @cached_property
+    def num_answer_tokens(self) -> list[int]:
+        """Scored tokens per row."""
+        values: list[int] = self.table["num_answer_tokens"].to_pylist()
+        return values
+
+    def input_ids(self, row: int) -> np.ndarray[Any, Any]:
+        """Token ids of a row."""
+        return self._values("input_ids", row)
+
+    def labels(self, row: int) -> np.ndarray[Any, Any]:
+        """Labels of a row, −100 where there is no loss; not shifted."""
+        return self._values("labels", row)
+
+    def _values(self, column: str, row: int) -> np.ndarray[Any, Any]:
+        values: np.ndarray[Any, Any] = self.table[column][row].values.to_numpy()
+        return values
+
+    def pairs(self) -> Sequence[tuple[str, str]]:
+        """(prompt, answer) of every row."""
+        return list(zip(self.table["prompt"].to_pylist(), self.table["answer"].to_pylist(), strict=True))
+
+    def head(self, rows: int) -> TokenTable:
+        """The first rows."""
+        return TokenTable(self.table.slice(0, rows))

@@ -1,0 +1,163 @@
+"""The DeepSpeed engine of one rank, and the few collectives that the loop needs beside it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cluster.training_state import restore, trained_parameters
+from cluster.zero import deepspeed_config, zero_stage
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from cluster.train_job import TrainJob
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Sums, maxima and messages over all ranks, on the host."""
+
+    rank: int
+    world: int
+
+    def sum(self, value: float) -> float:
+        """The sum of one number per rank, in float64."""
+        return self._reduce(value, "SUM")
+
+    def max(self, value: float) -> float:
+        """The largest of one number per rank."""
+        return self._reduce(value, "MAX")
+
+    def _reduce(self, value: float, kind: str) -> float:
+        import torch
+        import torch.distributed as dist
+
+        if self.world == 1:
+            return value
+        tensor = torch.tensor([value], dtype=torch.float64, device=_collective_device())
+        dist.all_reduce(tensor, op=getattr(dist.ReduceOp, kind))
+        return float(tensor[0])
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        import torch.distributed as dist
+
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=_collective_device())
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.sum(0.0)
+
+
+def _collective_device() -> Any:
+    import torch
+    import torch.distributed as dist
+
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+
+
+@dataclass
+class Built:
+    """An engine and what it trains."""
+
+    engine: Any
+    model: nn.Module
+    parameters: Mapping[str, nn.Parameter]
+    stage: int
+    dtype: str
+    device: str
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add a micro-batch's gradient; `last` closes the global batch."""
+        # Set by hand: the number of micro-batches differs between full, last and packed batches.
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, rate: float) -> float | None:
+        """One optimizer step at this learning rate; the gradient's norm before clipping."""
+        own = None if self.stage else self._norm()
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm() if own is None else own
+        return None if norm is None else float(norm)
+
+    def _norm(self) -> float | None:
+        """ZeRO-0 leaves whole, already averaged gradients in the parameters, and does not tell their norm."""
+        import torch
+
+        grads = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        return float(torch.nn.utils.get_total_norm(grads)) if grads else None
+
+
+def build_engine(job: TrainJob, world: int, state: Mapping[str, Tensor] | None = None, step: int = 0) -> Built:
+    """Load the base and the adapter and hand them to DeepSpeed.
+
+    Args:
+        job: Base, adapter, configuration.
+        world: Ranks.
+        state: Tensors of the checkpoint to go on from; None starts anew.
+        step: Optimizer steps behind that checkpoint.
+    """
+    import torch
+
+    from cluster.model import build_adapted, compute_dtype
+
+    config = job.config
+    device = "cuda" if job.use_gpu else "cpu"
+    if not job.use_gpu:
+        torch.set_num_threads(config.threads_per_worker)
+    dtype = compute_dtype(config.compute_dtype, device)
+    model = build_adapted(job.source, dtype, {"adapter": None})
+    parameters = trained_parameters(model)
+    if state is not None:
+        # Before DeepSpeed copies them into its partitions; setting these afterwards would leave the parameters behind.
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(state[name])
+    stage = zero_stage(config, job.source.base, job.use_gpu)
+    _checkpoint_activations(model, config.gradient_checkpointing)
+    name = str(dtype).removeprefix("torch.")
+    settings = deepspeed_config(config, stage=stage, world=world, dtype=name)
+    engine = _initialize(model, list(parameters.values()), settings, job.use_gpu)
+    if state is not None:
+        restore(engine, parameters, state, step)
+    return Built(engine, model, parameters, stage, name, device)
+
+
+def _initialize(model: nn.Module, parameters: list[nn.Parameter], settings: dict[str, Any], use_gpu: bool) -> Any:
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not use_gpu:
+        # The shared-memory all-reduce is compiled with g++ on first use, and only serves inference.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=settings)
+    return engine
+
+
+def _checkpoint_activations(model: Any, enabled: bool) -> None:
+    if enabled:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def set_training(model: nn.Module, training: bool) -> None:
+    """Adapter dropout on or off; the frozen base stays in evaluation mode, its own dropout off.
+
+    Layers that recompute their activations must think that they train, or they would not.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    from lowrank.adapters.lora import LoRA
+
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, LoRA | GradientCheckpointingLayer):
+            module.training = training

@@ -1,0 +1,89 @@
+"""After the last step: the kept checkpoint becomes the adapter, and the adapter is read back before it counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.answer_loss import answer_nll
+from cluster.batches import MicroBatch, collate
+from cluster.durable import write_json
+from cluster.errors import TrainError
+from cluster.tokens import TokenTable
+from cluster.train_job import ADAPTER_UNIT, OUTCOME_FILE, TrainJob, checkpoint_unit
+from cluster.training_state import Progress, adapters_of, load_tensors
+
+if TYPE_CHECKING:
+    from lowrank.adapters.lora import LoRA
+
+#: Relative difference of the probe's loss that saving and loading may cost.
+_RELOAD_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
+
+
+def commit_adapter(job: TrainJob, outcome: dict[str, Any], probe: MicroBatch) -> None:
+    """Write the kept checkpoint as the unit `adapter`, checked by loading it into a fresh model. Rank 0 only.
+
+    Raises:
+        TrainError: what was loaded is not what was trained.
+    """
+    from lowrank.adapters.peft_format import save_adapter
+
+    last = Progress(**outcome["progress"])
+    step = last.best_step if job.config.keep == "best" and last.best_step is not None else last.step
+    kept = Progress(**job.store.read(checkpoint_unit(step), verify=True).facts)
+    write_json(job.root / OUTCOME_FILE, {**outcome, "kept_step": step})
+
+    def write(directory: Path) -> dict[str, Any]:
+        trained = adapters_of(load_tensors(job.store, step), job.source.adapter)
+        save_adapter(directory, trained, job.source.adapter, job.base_facts)
+        loss = _check(job, directory, trained, kept, outcome["dtype"], probe)
+        return {
+            "global_step": kept.step,
+            "epoch": kept.epoch,
+            "probe_loss": kept.probe_loss,
+            "reloaded_probe_loss": loss,
+            "num_parameters": sum(t.numel() for adapter in trained.values() for t in adapter.tensors().values()),
+        }
+
+    job.store.commit(ADAPTER_UNIT, write)
+
+
+def _check(
+    job: TrainJob, directory: Path, trained: dict[str, LoRA], kept: Progress, dtype: str, probe: MicroBatch
+) -> float:
+    """Shapes, a B that is not zero, and the loss on the fixed batch; that loss."""
+    from lowrank.adapters.peft_format import load_adapter
+
+    loaded = load_adapter(directory)
+    for module, adapter in trained.items():
+        found = loaded.get(module)
+        if found is None or found.lora_a.shape != adapter.lora_a.shape or found.lora_b.shape != adapter.lora_b.shape:
+            shape = None if found is None else (tuple(found.lora_a.shape), tuple(found.lora_b.shape))
+            raise _refusal(job, f"{module} has the shapes {shape} after loading")
+    if not any(bool(adapter.lora_b.detach().abs().max() > 0) for adapter in loaded.values()):
+        raise _refusal(job, "every B is zero")
+    loss = _probe_loss(job, directory, dtype, probe)
+    before = kept.probe_loss if kept.probe_loss is not None else loss
+    if not abs(loss - before) <= _RELOAD_TOLERANCE[dtype] * max(1.0, abs(before)):
+        raise _refusal(job, f"its loss on {len(probe)} fixed rows is {loss:.6f}, while training it was {before:.6f}")
+    return loss
+
+
+def _refusal(job: TrainJob, problem: str) -> TrainError:
+    return TrainError(
+        f"save adapter of {job.name}: {problem}. It must load as it was trained. Run the stage again; its last "
+        "checkpoint is kept."
+    )
+
+
+def _probe_loss(job: TrainJob, directory: Path, dtype: str, probe: MicroBatch) -> float:
+    import torch
+
+    from cluster.model import build_adapted
+
+    device = "cuda" if job.use_gpu else "cpu"
+    model = build_adapted(job.source, getattr(torch, dtype), {"adapter": directory}).to(device)  # type: ignore[arg-type]
+    table = TokenTable.read(job.train_tokens if job.heldout_tokens is None else job.heldout_tokens)
+    with torch.no_grad():
+        batch = collate(probe, table)
+        return float(answer_nll(model, batch, device)) / batch.num_answer_tokens

@@ -1,0 +1,95 @@
+"""What one fine-tuning is given and what it gives back; picklable, importable without torch or Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.durable import UnitStore
+
+if TYPE_CHECKING:
+    from cluster.config import FinetuneConfig
+    from cluster.model import ModelSource
+
+ADAPTER_UNIT = "adapter"
+METRICS_FILE, OUTCOME_FILE = "metrics.jsonl", "outcome.json"
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """One fine-tuning; the same on every node, so every path must be on storage that all of them share."""
+
+    source: ModelSource
+    """The base and the adapter's start."""
+    config: FinetuneConfig
+    """How to train."""
+    train_tokens: Path
+    """`tokens.parquet` of the training rows."""
+    heldout_tokens: Path | None
+    """`tokens.parquet` of the held-out rows; None trains without evaluation."""
+    root: Path
+    """UnitStore of the stage: checkpoints and the adapter."""
+    storage: Path
+    """Ray Train's own directory; nothing in it is ever read again."""
+    name: str
+    """Name of the run, for messages and for Ray Train's directory."""
+    base_facts: dict[str, Any]
+    """Hashes of the base; go into adapter_config.json."""
+    use_gpu: bool = False
+    """One GPU per worker."""
+
+    @property
+    def store(self) -> UnitStore:
+        """Units and ledger of the stage."""
+        return UnitStore(self.root)
+
+
+@dataclass(frozen=True)
+class TrainOutcome:
+    """A trained adapter and how it came about."""
+
+    path: Path
+    """PEFT directory of the adapter."""
+    config: FinetuneConfig
+    """What it was trained with."""
+    global_step: int
+    """Optimizer steps behind the kept adapter."""
+    epoch: int
+    """Passes over the rows that were begun."""
+    metrics: dict[str, float]
+    """first_loss, last_loss, heldout_loss, best_loss, reload_error and the like."""
+    world_size: int
+    """Workers of the last attempt."""
+    seconds: float
+    """Seconds of all steps, redone ones included."""
+    peak_rss_bytes: int
+    """Largest resident set of a worker."""
+    steps_redone: int
+    """Steps run again after a loss of workers."""
+    zero_stage: int
+    """ZeRO stage that ran."""
+    dtype: str
+    """What was computed in."""
+    tokens_per_second: float
+    """Real (unpadded) tokens per second, over the median step."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a worker stands among the others."""
+
+    rank: int
+    """This worker, from 0."""
+    world: int
+    """Workers."""
+    launch: Path
+    """Directory of this launch on shared storage; a worker leaves an error there that no retry can cure."""
+    report: Callable[[dict[str, Any]], None]
+    """Called by every rank at every checkpoint."""
+
+
+def checkpoint_unit(step: int) -> str:
+    """Unit of the checkpoint after `step` optimizer steps, and of the interval that ends there."""
+    return f"step-{step:06d}"

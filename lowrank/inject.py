@@ -1,0 +1,69 @@
+"""Put adapters on the target layers of a model and choose, per call, which of them speaks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor, nn
+
+from lowrank.adapters.lora import LoRA
+from lowrank.errors import AdapterError
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen base layer plus named adapters, of which one (or none) is active: y = base(x) + s·B·A·x."""
+
+    def __init__(self, base: nn.Module, adapters: Mapping[str, LoRA], active: str | None) -> None:
+        super().__init__()
+        self.base = base
+        self.adapters = nn.ModuleDict(dict(adapters))
+        self.active = active
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y (..., m) for x (..., n)."""
+        y: Tensor = self.base(x)
+        if self.active is None:
+            return y
+        delta: Tensor = self.adapters[self.active](x)
+        return y + delta
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Set the submodule at dotted path `name`."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent) if parent else model, leaf, new)
+
+
+def inject(model: nn.Module, adapters: Mapping[str, Mapping[str, LoRA]], active: str | None) -> None:
+    """Wrap the layer `name` of every `adapters[name][adapter_name]`; every other parameter is frozen.
+
+    Raises:
+        AdapterError: a target does not exist in the model.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for name, named in adapters.items():
+        try:
+            base = model.get_submodule(name)
+        except AttributeError as error:
+            raise AdapterError(f"inject adapter: the model has no module {name!r}. Check target_modules.") from error
+        replace_module(model, name, AdaptedLinear(base, named, active))
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
+    """(name, layer) of every adapted layer, in the model's order."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, AdaptedLinear))
+
+
+def set_active(model: nn.Module, adapter: str | None) -> None:
+    """Make `adapter` (None: the bare base) the one that every adapted layer applies.
+
+    Raises:
+        AdapterError: a layer has no adapter of that name.
+    """
+    for name, layer in adapted_layers(model):
+        if adapter is not None and adapter not in layer.adapters:
+            raise AdapterError(
+                f"activate adapter {adapter!r}: layer {name} has {sorted(layer.adapters)}. Load the adapter first."
+            )
+        layer.active = adapter

@@ -1,0 +1,131 @@
+"""Split a weight into a 4-bit residual and a low-rank part in full precision: W ≈ Q + L R.
+
+A method is one function of (name, weight, factors, quantizer) in `METHODS`. Low rank first: what L R carries never
+passes the 4-bit grid, and the residual that does is smaller than W.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from lowrank.errors import QuantizationError
+from lowrank.factors import SVDFactors
+from lowrank.quantization.nf4 import NF4Tensor, check_weight, quantize_nf4
+
+
+@dataclass(frozen=True)
+class SplitWeight:
+    """W ≈ Q + L R, or W ≈ Q when there is no low-rank part.
+
+    Attributes:
+        name: of the tensor.
+        residual: Q in NF4.
+        left: L (m, r) fp32, or None.
+        right: R (r, n) fp32, or None exactly when `left` is.
+        quantization_error: ‖W − Q − L R‖_F / ‖W‖_F; 0 for a zero matrix.
+        plain_error: ‖W − NF4(W)‖_F / ‖W‖_F, what plain NF4 would cost; never smaller than the above.
+        fallback: whether the method was set aside for plain NF4, because it did worse on this tensor.
+    """
+
+    name: str
+    residual: NF4Tensor
+    left: Tensor | None
+    right: Tensor | None
+    quantization_error: float
+    plain_error: float
+    fallback: bool = False
+
+    def reconstruct(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Q + L R, (m, n), computed in fp32; the dtype of the original weight by default."""
+        values = self.residual.dequantize(torch.float32)
+        if self.left is not None and self.right is not None:
+            values = torch.addmm(values, self.left, self.right)
+        return values.to(dtype or self.residual.dtype)
+
+
+#: NF4 with the block size and absmax format already chosen.
+Quantizer: TypeAlias = Callable[[Tensor], NF4Tensor]
+QuantizationMethod: TypeAlias = Callable[[str, Tensor, SVDFactors | None, Quantizer], SplitWeight]
+
+
+def split_weight(
+    name: str,
+    weight: Tensor,
+    factors: SVDFactors | None,
+    method: str = "qpissa",
+    *,
+    block_size: int = 64,
+    double_quant: bool = True,
+) -> SplitWeight:
+    """Split `weight` by the method of that name, and never do worse than plain NF4.
+
+    Args:
+        name: of the tensor, for messages.
+        weight: W (m, n), any floating-point dtype, finite.
+        factors: U, s, Vᴴ of W from `decompose`; needed by `qpissa`, ignored by `nf4`.
+        method: `nf4` (no low-rank part) or `qpissa`.
+        block_size: entries per absmax; see `quantize_nf4`.
+        double_quant: store the absmax values in 8 bits.
+
+    Raises:
+        QuantizationError: when the method is unknown, needs factors that are not there or do not fit, or the
+            weight is empty or not finite.
+    """
+    if method not in METHODS:
+        known = ", ".join(sorted(METHODS))
+        raise QuantizationError(f"quantize {name}: unknown method {method!r}. Set quantize.method to one of: {known}.")
+    check_weight(name, weight)
+    quantizer = partial(quantize_nf4, block_size=block_size, double_quant=double_quant, name=name)
+    return METHODS[method](name, weight, factors, quantizer)
+
+
+def nf4(name: str, weight: Tensor, factors: SVDFactors | None, quantizer: Quantizer) -> SplitWeight:
+    """Q = NF4(W), no low-rank part."""
+    residual = quantizer(weight)
+    error = _relative_error(weight.float(), residual.dequantize(torch.float32))
+    return SplitWeight(name, residual, None, None, error, error)
+
+
+def qpissa(name: str, weight: Tensor, factors: SVDFactors | None, quantizer: Quantizer) -> SplitWeight:
+    """L = U√Σ, R = √Σ Vᴴ, Q = NF4(W − L R); plain NF4 where that is not better.
+
+    Scale-correct for every alpha: fine-tuning sets B = L/√s and A = R/√s, so that s · B · A = L R.
+
+    Source: PiSSA, arXiv:2404.02948, section 3.1 (QPiSSA with T = 1).
+    """
+    left, right = _fitting(name, weight, factors)
+    exact = weight.float()
+    rest = torch.addmm(exact, left, right, alpha=-1)
+    # The residual stands in for W from here on, so it keeps W's dtype on record.
+    residual = replace(quantizer(rest), dtype=weight.dtype)
+    plain = nf4(name, weight, None, quantizer)
+    split = SplitWeight(name, residual, left, right, plain.plain_error, plain.plain_error)
+    error = _relative_error(exact, split.reconstruct(torch.float32))
+    if error > plain.plain_error:
+        return replace(plain, fallback=True)
+    return replace(split, quantization_error=error)
+
+
+#: Every quantization method by the name that `quantize.method` takes.
+METHODS: dict[str, QuantizationMethod] = {"nf4": nf4, "qpissa": qpissa}
+
+
+def _fitting(name: str, weight: Tensor, factors: SVDFactors | None) -> tuple[Tensor, Tensor]:
+    what = f"quantize {name} ({'x'.join(map(str, weight.shape))}) by qpissa"
+    if factors is None:
+        raise QuantizationError(f"{what}: no factors. Run decompose on this tensor, or set quantize.method: nf4.")
+    fitted = (factors.u.shape[0], factors.vh.shape[1])
+    if fitted != tuple(weight.shape):
+        raise QuantizationError(f"{what}: the factors are of a {fitted[0]}x{fitted[1]} matrix. Run decompose again.")
+    left, right = factors.balanced()
+    return left.float(), right.float()
+
+
+def _relative_error(exact: Tensor, approximate: Tensor) -> float:
+    norm = float(torch.linalg.vector_norm(exact, dtype=torch.float64))
+    difference = float(torch.linalg.vector_norm(exact - approximate, dtype=torch.float64))
+    return difference / norm if norm else difference

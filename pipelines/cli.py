@@ -1,0 +1,132 @@
+"""The `rankline` command: parses arguments, runs one command, maps errors to exit codes.
+
+Exit codes: 0 done; 1 bug; 2 configuration, token or port; 3 weights, artifacts or disk; 4 cluster, MLflow or Serve;
+5 training, numerics or gate; 130 interrupted. Nothing heavy is imported before a command needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "TOKENIZERS_PARALLELISM": "false",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of every command."""
+    parser = argparse.ArgumentParser(
+        prog="rankline",
+        description="From a pretrained transformer to a served, fine-tuned adapter, in one durable line.",
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    _add_pipeline_commands(commands)
+    _add_store_commands(commands)
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    command.add_argument("--json", action="store_true", help="print one JSON document instead of text")
+    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return command
+
+
+def _add_pipeline_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    texts = {
+        "plan": "show stages, keys, what is cached, refusals and estimates; changes nothing",
+        "run": "run a pipeline, or go on where it was left",
+        "submit": "run a pipeline as a job of a Ray cluster",
+    }
+    for name, text in texts.items():
+        command = _command(commands, name, text)
+        command.add_argument("pipeline", nargs="?" if name == "plan" else None, help="pipeline YAML")
+        command.add_argument(
+            "--set", dest="overrides", action="append", default=[], metavar="PATH=VALUE", help="override a setting"
+        )
+        command.add_argument("--store", help="directory of the store (store.path)")
+        if name == "plan":
+            command.add_argument("--schema", action="store_true", help="print the JSON schema of a pipeline YAML")
+        if name == "run":
+            command.add_argument("--address", help="a running Ray cluster, HOST:PORT (cluster.address)")
+            command.add_argument("--quiet", action="store_true", help="no progress")
+        if name == "submit":
+            command.add_argument("--address", required=True, help="dashboard of the cluster, http://HOST:8265")
+            command.add_argument("--no-follow", dest="follow", action="store_false", help="return once it is submitted")
+
+
+def _add_store_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    texts = {
+        "status": "show runs, stages, cluster and endpoint",
+        "resume": "go on with a stored run; refuses when its inputs have changed",
+        "serve": "deploy the endpoint of a finished run again",
+        "stop": "end the endpoint and the embedded cluster of a store",
+        "ui": "open MLflow's page on the store's runs",
+        "methods": "list decompositions, quantizations and adapters",
+        "doctor": "check this machine and the store, with a remedy for each finding",
+    }
+    for name, text in texts.items():
+        command = _command(commands, name, text)
+        if name in ("status", "resume", "serve"):
+            command.add_argument("run", nargs="?" if name == "status" else None, help="name of the run")
+        if name != "methods":
+            command.add_argument("--store", default="runs", help="directory of the store (default: runs)")
+        if name == "ui":
+            command.add_argument("--port", type=int, default=5000, help="port on loopback (default: 5000)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.version:
+        from importlib import metadata
+
+        print(metadata.version("rankline"))
+        return 0
+    if arguments.command is None:
+        parser.print_help()
+        return 0
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    return _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from pipelines import commands
+
+    try:
+        return int(getattr(commands, arguments.command)(arguments))
+    except (Exception, KeyboardInterrupt) as error:
+        from pipelines.errors import BUG, exit_code
+
+        code = exit_code(error)
+        if arguments.debug:
+            raise
+        _explain(error, code, arguments)
+        return code if code != BUG else BUG
+
+
+def _explain(error: BaseException, code: int, arguments: argparse.Namespace) -> None:
+    """The message without a traceback, then the command that goes on."""
+    text = str(error) or type(error).__name__
+    if isinstance(error, KeyboardInterrupt):
+        text = "interrupted; what is committed stays."
+    if code == 1:
+        text = f"unexpected {type(error).__name__}: {text}\nThis is a bug. Run again with --debug for the traceback."
+    print(f"rankline {arguments.command}: {text}", file=sys.stderr)
+    if arguments.command == "run" and code not in (1, 2):
+        print(f"Go on with: rankline run {arguments.pipeline}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""One function per command of `rankline`; each takes the parsed arguments and returns the exit code."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from pipelines.config import PipelineConfig, json_schema, parse, read_yaml
+from pipelines.errors import DONE, ConfigError, exit_code
+
+
+def _load(arguments: Namespace) -> PipelineConfig:
+    overrides = list(arguments.overrides)
+    if arguments.store:
+        overrides.append(f"store.path={arguments.store}")
+    if arguments.command == "run" and arguments.address:
+        overrides.append(f"cluster.address={arguments.address}")
+    return parse(read_yaml(Path(arguments.pipeline)), overrides)
+
+
+def _json(value: Any) -> None:
+    print(json.dumps(value, indent=2, default=str))
+
+
+def plan(arguments: Namespace) -> int:
+    """`rankline plan`: exit 0 when nothing refuses, else the code of the first refusal."""
+    from pipelines import preflight, show
+
+    if arguments.schema:
+        _json(json_schema())
+        return DONE
+    if not arguments.pipeline:
+        raise ConfigError("plan: give a pipeline YAML (or --schema).")
+    result = preflight.plan(_load(arguments))
+    errors = result.pop("refusal_errors")
+    _json(result) if arguments.json else show.plan(result)
+    return exit_code(errors[0]) if errors else DONE
+
+
+def run(arguments: Namespace) -> int:
+    """`rankline run`."""
+    from pipelines import show, workflow
+
+    result = workflow.run(_load(arguments), quiet=arguments.quiet or arguments.json)
+    _json(result.summary) if arguments.json else show.result(result)
+    return DONE
+
+
+def resume(arguments: Namespace) -> int:
+    """`rankline resume RUN`: the stored YAML as it is; refuses when its sources give other keys."""
+    from pipelines import show, workflow
+    from pipelines.sources import hash_sources
+
+    store = Path(arguments.store).resolve()
+    directory = store / arguments.run
+    record = workflow.read_record(directory)
+    if not record:
+        raise ConfigError(f"resume {arguments.run!r}: no such run in {store}. `rankline status` lists the runs.")
+    config = parse(read_yaml(directory / "pipeline.yaml"))
+    keys = workflow.stage_keys(config, hash_sources(config, store / "_hashes.json"))
+    changed = [stage for stage, key in keys.items() if record["keys"].get(stage) != key]
+    if changed:
+        raise ConfigError(
+            f"resume {arguments.run!r}: the model, the data or {directory / 'pipeline.yaml'} changed since the run was "
+            f"started (first at stage {changed[0]}). Use `rankline run` with your pipeline YAML to run the changed one."
+        )
+    result = workflow.run(config, quiet=arguments.json)
+    _json(result.summary) if arguments.json else show.result(result)
+    return DONE
+
+
+def submit(arguments: Namespace) -> int:
+    """`rankline submit`: the same YAML as a job of a Ray cluster, idempotent by run key."""
+    from pipelines import remote
+
+    outcome = remote.submit(_load(arguments), arguments.address, follow=arguments.follow)
+    if arguments.json:
+        _json(outcome)
+    else:
+        print(f"{outcome['submission_id']}: {outcome['status']}")
+    return int(outcome["exit_code"])
+
+
+def status(arguments: Namespace) -> int:
+    """`rankline status [RUN]`."""
+    from pipelines import inspect_store, show
+
+    found = inspect_store.status(Path(arguments.store).resolve(), arguments.run)
+    _json(found) if arguments.json else show.status(found)
+    return DONE
+
+
+def serve(arguments: Namespace) -> int:
+    """`rankline serve RUN`: deploy the registered version of a finished run."""
+    from pipelines import endpoint, show
+    from pipelines.workflow import redeploy
+
+    deployed, name = redeploy(Path(arguments.store).resolve(), arguments.run)
+    if arguments.json:
+        _json(deployed)
+    else:
+        show.endpoint(deployed, name, endpoint.curl(deployed, name))
+    return DONE
+
+
+def stop(arguments: Namespace) -> int:
+    """`rankline stop`: the embedded cluster of a store with its endpoint."""
+    from cluster import session
+
+    stopped = session.stop(Path(arguments.store).resolve())
+    if arguments.json:
+        _json({"stopped": stopped})
+    else:
+        print("stopped the endpoint and its cluster" if stopped else "nothing was running")
+    return DONE
+
+
+def ui(arguments: Namespace) -> int:
+    """`rankline ui`: MLflow's own server on loopback, until Ctrl-C."""
+    from pipelines import mlflow_ui
+
+    return mlflow_ui.serve(Path(arguments.store).resolve(), arguments.port)
+
+
+def methods(arguments: Namespace) -> int:
+    """`rankline methods`."""
+    from pipelines import inspect_store, show
+
+    found = inspect_store.methods()
+    _json(found) if arguments.json else show.methods(found)
+    return DONE
+
+
+def doctor(arguments: Namespace) -> int:
+    """`rankline doctor`: exit 0 when every check passes or only warns, else 2."""
+    from pipelines import doctor as checks
+    from pipelines import show
+
+    found = checks.examine(Path(arguments.store).resolve())
+    _json(found) if arguments.json else show.doctor(found)
+    sys.stdout.flush()
+    return 2 if any(check["state"] == "fail" for check in found) else DONE

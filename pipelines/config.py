@@ -1,0 +1,236 @@
+"""The pipeline's one configuration: every room's dataclass composed in one strict dataclass that pydantic validates.
+
+`PipelineConfig.from_yaml` reads a YAML file, applies `--set` overrides and reports all problems at once, each by its dotted path.
+`result_fields`
+is what enters a stage's key: everything but the fields marked `EXECUTION` by their owners.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, get_type_hints
+
+from annotated_types import Ge
+from pydantic import TypeAdapter, ValidationError
+
+from cluster.config import ClusterConfig, DataConfig, EvaluateConfig, FinetuneConfig, ServeConfig
+from lowrank.config import EXECUTION, STRICT, DecomposeConfig, QuantizeConfig
+from pipelines.errors import ConfigError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The pretrained model."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    source: Annotated[str, EXECUTION]
+    """Hugging Face directory, `.gguf` file, `package:NAME` (a GGUF inside an installed package) or `hub:OWNER/NAME`."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub model."""
+    tokenizer: Annotated[str | None, EXECUTION] = None
+    """Directory of another tokenizer; null takes the model's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardConfig:
+    """How the checkpoint is cut into row-block files."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    shard_bytes: Annotated[int, Ge(1024)] = 128 * 1024 * 1024
+    """Largest shard file in bytes; rows are spread over the files evenly by bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegisterConfig:
+    """The MLflow registry."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    name: str | None = None
+    """Registered model; null is the pipeline's name."""
+    alias: str = "champion"
+    """Alias that moves to this version when the gate passed and it is no worse than the present holder."""
+    tracking_uri: Annotated[str | None, EXECUTION] = None
+    """MLflow tracking URI; null is a sqlite database in the store."""
+    experiment: Annotated[str, EXECUTION] = "rankline"
+    """MLflow experiment."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreConfig:
+    """Where artifacts and run records lie."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    path: Annotated[str, EXECUTION] = "runs"
+    """Directory; on several nodes a shared one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineConfig:
+    """One pipeline: a model, its data and how every stage treats them."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT | {"title": "rankline pipeline"}
+
+    name: Annotated[str, EXECUTION]
+    """Name of the run and of its directory in the store: letters, digits, `.`, `_`, `-`."""
+    model: ModelConfig
+    """The pretrained model."""
+    data: DataConfig
+    """Training and held-out rows."""
+    shard: ShardConfig = field(default_factory=ShardConfig)
+    """Checkpoint -> row-block shards."""
+    decompose: DecomposeConfig = field(default_factory=lambda: DecomposeConfig(rank=16))
+    """Shards -> low-rank factors."""
+    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
+    """Shards and factors -> packed 4-bit weights."""
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    """Packed weights and rows -> trained adapter."""
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    """Adapter against dense, nf4 and nf4_init."""
+    register: RegisterConfig = field(default_factory=RegisterConfig)
+    """Adapter -> MLflow model version."""
+    serve: ServeConfig = field(default_factory=ServeConfig)
+    """Model version -> endpoint."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """Where it runs."""
+    store: StoreConfig = field(default_factory=StoreConfig)
+    """Where everything is kept."""
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, overrides: Sequence[str] = ()) -> PipelineConfig:
+        """Read a YAML file; `overrides` are `dotted.path=value` with YAML values.
+
+        Raises:
+            ConfigError: with every problem found, by path.
+        """
+        return parse(read_yaml(Path(path)), overrides)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, read safely.
+
+    Raises:
+        ConfigError: missing, not YAML, or not a mapping.
+    """
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"read pipeline {path}: {error.strerror}. Give the path of a pipeline YAML.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"read pipeline {path}: not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"read pipeline {path}: got {type(data).__name__}, allowed is a mapping of sections.")
+    return data
+
+
+def parse(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> PipelineConfig:
+    """Validate a mapping with overrides applied.
+
+    Raises:
+        ConfigError: with every problem found, by path.
+    """
+    merged: dict[str, Any] = json.loads(json.dumps(data))
+    for override in overrides:
+        _apply(merged, override)
+    try:
+        config = TypeAdapter(PipelineConfig).validate_python(merged)
+    except ValidationError as error:
+        raise ConfigError([_problem(item) for item in error.errors(include_url=False)]) from error
+    problems = list(_contradictions(config))
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    import yaml
+
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"--set {override}: allowed is dotted.path=value, for example decompose.rank=16.")
+    *parents, leaf = path.split(".")
+    for parent in parents:
+        if data.get(parent) is None:
+            data[parent] = {}
+        data = data[parent]
+        if not isinstance(data, dict):
+            raise ConfigError(f"--set {override}: {parent!r} is not a section.")
+    data[leaf] = yaml.safe_load(text)
+
+
+def _problem(item: Any) -> str:
+    path = ".".join(str(part) for part in item["loc"] if not (isinstance(part, str) and "[" in part))
+    if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"{path}: unknown setting. Check the spelling; `rankline plan --schema` lists all settings."
+    got = (
+        ""
+        if item["type"] in ("missing", "missing_argument", "missing_keyword_only_argument")
+        else f"; got {item['input']!r}"
+    )
+    what = "required, but missing" if not got else item["msg"][0].lower() + item["msg"][1:]
+    return f"{path}: {what}{got}."
+
+
+def _contradictions(config: PipelineConfig) -> Iterator[str]:
+    """Settings that are fine alone but not together."""
+    if not _NAME.fullmatch(config.name):
+        yield f"name: got {config.name!r}; allowed are 1 to 64 letters, digits, '.', '_', '-', not first a sign."
+    rule = {key: getattr(config.decompose, key) for key in ("rank", "energy", "error")}
+    given = [key for key, value in rule.items() if value is not None]
+    if len(given) != 1:
+        yield f"decompose: set exactly one of rank, energy and error; got {given or 'none'}."
+    tune = config.finetune
+    if tune.keep == "best" and tune.eval_every is None:
+        yield "finetune.keep: 'best' needs finetune.eval_every."
+    if tune.patience is not None and tune.eval_every is None:
+        yield "finetune.patience: needs finetune.eval_every."
+    r, rank = tune.adapter.r, config.decompose.rank
+    if config.quantize.method == "qpissa" and tune.adapter.init == "split" and r and rank and r < rank:
+        yield (
+            f"finetune.adapter.r: {r} is smaller than decompose.rank = {rank}, which the residual is quantized against. "
+            f"Set finetune.adapter.r >= {rank} or null, or decompose.rank <= {r}."
+        )
+    if tune.zero_stage == 3 and not tune.allow_zero3_quantized:
+        yield "finetune.zero_stage: 3 over an NF4 base needs finetune.allow_zero3_quantized: true; 2 is the default."
+    if config.serve.host not in ("127.0.0.1", "localhost", "::1") and not config.serve.token_file:
+        yield f"serve.host: {config.serve.host!r} is not loopback and needs serve.token_file, a token of your own."
+
+
+def result_fields(config: Any) -> dict[str, Any]:
+    """The fields of a config dataclass that decide a result (all but those marked `EXECUTION`)."""
+    hints = get_type_hints(type(config), include_extras=True)
+    found: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        if EXECUTION in getattr(hints[item.name], "__metadata__", ()) or _optional_execution(hints[item.name]):
+            continue
+        value = getattr(config, item.name)
+        found[item.name] = result_fields(value) if dataclasses.is_dataclass(value) else value
+    return found
+
+
+def _optional_execution(hint: Any) -> bool:
+    """Whether a union such as `Annotated[int, EXECUTION] | None` carries the mark."""
+    return any(EXECUTION in getattr(part, "__metadata__", ()) for part in getattr(hint, "__args__", ()))
+
+
+def to_dict(config: PipelineConfig) -> dict[str, Any]:
+    """The whole configuration as plain values, defaults included."""
+    value: dict[str, Any] = TypeAdapter(PipelineConfig).dump_python(config, mode="json")
+    return value
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of a pipeline YAML, for editors."""
+    return TypeAdapter(PipelineConfig).json_schema() | {"$schema": "https://json-schema.org/draft/2020-12/schema"}

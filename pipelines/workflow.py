@@ -1,0 +1,395 @@
+"""The durable line: stages over the artifact store, each skipped when its key is finished.
+
+The driver holds no truth. What is done stands in the store, under keys that follow from the configuration and the
+hashes of the sources alone; killing the driver anywhere costs at most the units in flight. Ray's own workflow library
+was removed after 2.47, so this is ours, and thin.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from cluster.durable import UnitStore, canonical, peak_rss_bytes, sha256_bytes, write_atomic, write_json
+from pipelines.artifacts import Manifest, Store, stage_key
+from pipelines.config import PipelineConfig, to_dict
+from pipelines.errors import ConfigError, GateError, Interrupted, PipelineError
+from pipelines.lease import lease
+from pipelines.progress import ProgressBoard, StageProgress, hms
+from pipelines.sources import Sources, hash_sources
+from pipelines.stages import STAGES
+from pipelines.stages.base import Context, Stage
+from pipelines.tracking import Tracker
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """How a stage went in this run; `seconds` and memory are those of the run that made it."""
+
+    name: str
+    key: str
+    cached: bool
+    seconds: float
+    peak_rss_bytes: int
+    units: int
+    units_done: int
+    facts: dict[str, Any]
+    manifest_sha256: str
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run."""
+
+    name: str
+    run_key: str
+    directory: Path
+    stages: list[StageRecord]
+    endpoint: dict[str, Any] | None
+    mlflow_uri: str
+    mlflow_run_id: str
+    seconds: float
+    summary: dict[str, Any] = field(default_factory=dict)
+
+
+def stage_keys(config: PipelineConfig, sources: Sources) -> dict[str, str]:
+    """The key of every stage; known before anything has run."""
+    keys: dict[str, str] = {}
+    for stage in STAGES:
+        inputs = {name: keys[name] for name in stage.inputs}
+        keys[stage.name] = stage_key(stage.name, stage.format_version, stage.settings(config, sources), inputs)
+    return keys
+
+
+def run_key(keys: dict[str, str]) -> str:
+    """One key for the whole run."""
+    return sha256_bytes(canonical(keys))[:20]
+
+
+def run(config: PipelineConfig, quiet: bool = False) -> RunResult:
+    """Run a pipeline, or go on with it where it was left.
+
+    Raises:
+        PipelineError, cluster.errors.ClusterError, lowrank.errors.LowRankError: see `pipelines.errors.exit_code`.
+    """
+    store = Store(Path(config.store.path).resolve())
+    directory = store.run_dir(config.name)
+    directory.mkdir(parents=True, exist_ok=True)
+    with lease(directory / "lease.json"), ProgressBoard(quiet) as board:
+        line = Line(config, store, board)
+        try:
+            return line.run()
+        except BaseException as error:
+            line.fail(error)
+            raise
+
+
+class Line:
+    """One pass of one driver over the stages of a pipeline."""
+
+    def __init__(self, config: PipelineConfig, store: Store, board: ProgressBoard) -> None:
+        self.config, self.store, self.board = config, store, board
+        self.directory = store.run_dir(config.name)
+        self.sources = hash_sources(config, store.root / "_hashes.json")
+        self.keys = stage_keys(config, self.sources)
+        self.started = time.time()
+        self.records: list[StageRecord] = []
+        self.tracker: Tracker | None = None
+        self.stop_requested = False
+
+    def run(self) -> RunResult:
+        """Every stage, then the endpoint, the summary and the report."""
+        from pipelines.endpoint import deploy_endpoint
+        from pipelines.preflight import require_ready
+
+        require_ready(self.config, self.sources, self.store)
+        self._write_record("RUNNING")
+        write_atomic(self.directory / "pipeline.yaml", portable_yaml(self.config))
+        with self._signals():
+            self._connect()
+            self.tracker = self._track()
+            for stage in STAGES:
+                self._check_stop(stage.name)
+                self.records.append(self._stage(stage))
+                self._gate(stage)
+                self._write_record("RUNNING")
+            endpoint = None
+            if self.config.serve.enabled:
+                self._check_stop("serve")
+                progress = self.board.stage("serve")
+                endpoint = deploy_endpoint(self.config, self.store, self.keys, self._facts("register"), self.tracker)
+                note = "already up" if endpoint["cached"] else f"{hms(endpoint['seconds'])}"
+                progress.finish(f"{note}  {endpoint['url']}")
+        return self._finish(endpoint)
+
+    def fail(self, error: BaseException) -> None:
+        """Leave a record of how the run ended; what is committed stays."""
+        interrupted = isinstance(error, KeyboardInterrupt | Interrupted)
+        self._write_record("INTERRUPTED" if interrupted else "FAILED", error=f"{type(error).__name__}: {error}")
+        if self.tracker is not None and self.tracker.parent:
+            with contextlib.suppress(PipelineError):
+                self.tracker.end("KILLED" if interrupted else "FAILED")
+
+    def _connect(self) -> None:
+        from pipelines.session import open_cluster
+
+        open_cluster(self.config, self.store.root)
+
+    def _track(self) -> Tracker:
+        tracker = Tracker(self.store.root, self.config.register.tracking_uri, self.config.register.experiment)
+        previous = read_record(self.directory)
+        same = previous.get("run_key") == run_key(self.keys)
+        tags = {"rankline.run_key": run_key(self.keys), "rankline.name": self.config.name}
+        tracker.begin(self.config.name, to_dict(self.config), tags, previous.get("mlflow_run_id") if same else None)
+        return tracker
+
+    def _stage(self, stage: Stage) -> StageRecord:
+        key = self.keys[stage.name]
+        progress = self.board.stage(stage.name)
+        manifest = self.store.read_manifest(stage.name, key)
+        if manifest is not None:
+            sidecar = json.loads((self.store.artifact(stage.name, key) / "sidecar.json").read_text())
+            progress.finish(f"cached  {len(manifest.files)} units, key {key[:12]}")
+            return _record(stage, manifest, sidecar, cached=True, done=0)
+        assert self.tracker is not None
+        store = self.store.units(stage.name, key)
+        before = _commits(store)
+        began = time.time()
+        with self.tracker.stage(stage.name, key, stage.settings(self.config, self.sources)):
+            manifest = self._execute(stage, store, progress)
+            sidecar = self._sidecar(stage, manifest, store, time.time() - began)
+            numbers = {"seconds": sidecar["seconds"], "peak_rss_bytes": float(sidecar["peak_rss_bytes"])}
+            facts = {k: float(v) for k, v in manifest.facts.items() if isinstance(v, int | float)}
+            self.tracker.log(numbers | facts)
+        done = _commits(store) - before
+        progress.finish(f"{hms(time.time() - began)}  {len(manifest.files)} units, {done} made now")
+        return _record(stage, manifest, sidecar, cached=False, done=done)
+
+    def _execute(self, stage: Stage, store: UnitStore, progress: StageProgress) -> Manifest:
+        from pipelines.session import unit_runner
+
+        assert self.tracker is not None
+        context = Context(
+            config=self.config,
+            sources=self.sources,
+            key=self.keys[stage.name],
+            store=store,
+            inputs={name: self.store.artifact(name, self.keys[name]) for name in stage.inputs},
+            input_keys={name: self.keys[name] for name in stage.inputs},
+            runner=partial(unit_runner, self.config, lambda: self.stop_requested),
+            progress=progress,
+            tracker=self.tracker,
+            use_ray=True,
+        )
+        outcome = stage.run(context)
+        return self.store.seal(
+            stage.name,
+            self.keys[stage.name],
+            {name: self.keys[name] for name in stage.inputs},
+            stage.settings(self.config, self.sources),
+            outcome.units,
+            outcome.facts,
+            stage.format_version,
+        )
+
+    def _sidecar(self, stage: Stage, manifest: Manifest, store: UnitStore, seconds: float) -> dict[str, Any]:
+        sides = [store.sidecar(unit) for unit in manifest.files]
+        sidecar = {
+            "seconds": seconds,
+            "peak_rss_bytes": max([peak_rss_bytes(), *(int(side["peak_rss_bytes"]) for side in sides)]),
+            "finished": time.time(),
+            "nodes": sorted({side["node"] for side in sides}),
+        }
+        write_json(self.store.artifact(stage.name, manifest.key) / "sidecar.json", sidecar)
+        return sidecar
+
+    def _gate(self, stage: Stage) -> None:
+        """Stop the line when the adapter did not improve."""
+        facts = self.records[-1].facts
+        if stage.name != "evaluate" or not self.config.evaluate.must_improve or facts["passed"]:
+            return
+        before, after = facts["nf4_init"], facts["adapter"]
+        raise GateError(
+            f"evaluate: the adapter does not improve {facts['metric']} "
+            f"(loss {before['loss']:.4f} -> {after['loss']:.4f}). "
+            "Train longer or with another finetune.learning_rate, or set evaluate.must_improve: false."
+        )
+
+    def _facts(self, stage: str) -> dict[str, Any]:
+        return next(record.facts for record in self.records if record.name == stage)
+
+    def _check_stop(self, stage: str) -> None:
+        if self.stop_requested:
+            raise Interrupted(f"stopped before {stage}; what is committed stays.")
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """First Ctrl-C: finish the units in flight. Second: stop now."""
+
+        def handle(_signal: int, _frame: FrameType | None) -> None:
+            if self.stop_requested:
+                raise KeyboardInterrupt
+            self.stop_requested = True
+            self.board.say("stopping after the units in flight; press Ctrl-C again to stop now")
+
+        try:
+            previous = signal.signal(signal.SIGINT, handle)
+        except ValueError:  # not the main thread: the caller owns signals
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+    def _write_record(self, status: str, **extra: Any) -> None:
+        record = {
+            "name": self.config.name,
+            "run_key": run_key(self.keys),
+            "status": status,
+            "keys": self.keys,
+            "manifests": {record.name: record.manifest_sha256 for record in self.records},
+            "stages": {record.name: _public(record) for record in self.records},
+            "mlflow_uri": self.tracker.uri if self.tracker else None,
+            "mlflow_run_id": self.tracker.parent if self.tracker else read_record(self.directory).get("mlflow_run_id"),
+            "updated": time.time(),
+        }
+        write_json(self.directory / "run.json", record | extra)
+
+    def _finish(self, endpoint: dict[str, Any] | None) -> RunResult:
+        from pipelines.report import write_report
+
+        assert self.tracker is not None
+        result = RunResult(
+            name=self.config.name,
+            run_key=run_key(self.keys),
+            directory=self.directory,
+            stages=self.records,
+            endpoint=endpoint,
+            mlflow_uri=self.tracker.uri,
+            mlflow_run_id=self.tracker.parent,
+            seconds=time.time() - self.started,
+        )
+        result.summary.update(summarise(result))
+        write_json(self.directory / "summary.json", result.summary)
+        write_report(self.directory / "report.html", self.config, result.summary, self._artifacts())
+        for file in ("report.html", "summary.json", "pipeline.yaml"):
+            self.tracker.log_artifacts(self.directory / file, run_id=self.tracker.parent)
+        self.tracker.log(_headline(result.summary))
+        self._write_record("FINISHED", endpoint=endpoint)
+        self.tracker.end("FINISHED")
+        return result
+
+    def _artifacts(self) -> dict[str, Path]:
+        return {name: self.store.artifact(name, key) for name, key in self.keys.items()}
+
+
+def _commits(store: UnitStore) -> int:
+    return sum(line["event"] == "commit" for line in store.ledger())
+
+
+def _record(stage: Stage, manifest: Manifest, sidecar: dict[str, Any], cached: bool, done: int) -> StageRecord:
+    return StageRecord(
+        name=stage.name,
+        key=manifest.key,
+        cached=cached,
+        seconds=float(sidecar["seconds"]),
+        peak_rss_bytes=int(sidecar["peak_rss_bytes"]),
+        units=len(manifest.files),
+        units_done=done,
+        facts=manifest.facts,
+        manifest_sha256=manifest.sha256,
+    )
+
+
+def _public(record: StageRecord) -> dict[str, Any]:
+    return {k: v for k, v in asdict(record).items() if k not in ("facts", "name")}
+
+
+def portable_yaml(config: PipelineConfig) -> bytes:
+    """The whole configuration as YAML with absolute paths, so that it means the same from any directory."""
+    import yaml
+
+    values = to_dict(config)
+    for section, name in (("model", "source"), ("model", "tokenizer"), ("data", "train"), ("data", "heldout")):
+        values[section][name] = _absolute(values[section][name])
+    values["store"]["path"] = str(Path(config.store.path).resolve())
+    text: str = yaml.safe_dump(values, sort_keys=False)
+    return text.encode()
+
+
+def _absolute(source: str | None) -> str | None:
+    """A local path made absolute; `package:`, `hub:` and URIs as they are."""
+    if source is None or ":" in source:
+        return source
+    return str(Path(source).expanduser().absolute())
+
+
+def redeploy(root: Path, name: str) -> tuple[dict[str, Any], str]:
+    """Deploy the registered version of a finished run again; returns the endpoint and the model's name.
+
+    Raises:
+        ConfigError: there is no such run, or it has registered nothing yet.
+    """
+    from pipelines.config import parse, read_yaml
+    from pipelines.endpoint import deploy_endpoint
+    from pipelines.session import open_cluster
+
+    store = Store(root)
+    record = read_record(store.run_dir(name))
+    manifest = store.read_manifest("register", record["keys"]["register"]) if record else None
+    if manifest is None:
+        raise ConfigError(f"serve {name!r}: no finished run of that name in {root}. `rankline status` lists the runs.")
+    config = parse(read_yaml(store.run_dir(name) / "pipeline.yaml"))
+    open_cluster(config, root)
+    tracker = Tracker(root, config.register.tracking_uri, config.register.experiment)
+    endpoint = deploy_endpoint(config, store, record["keys"], manifest.facts, tracker)
+    write_json(store.run_dir(name) / "run.json", record | {"endpoint": endpoint, "updated": time.time()})
+    return endpoint, manifest.facts["name"]
+
+
+def read_record(directory: Path) -> dict[str, Any]:
+    """The record of a run, or an empty mapping."""
+    try:
+        record: dict[str, Any] = json.loads((directory / "run.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return record
+
+
+def summarise(result: RunResult) -> dict[str, Any]:
+    """What tools read: losses, accuracies, stages, registered version, endpoint."""
+    facts: dict[str, dict[str, Any]] = {record.name: record.facts for record in result.stages}
+    evaluation = facts["evaluate"]
+    variants = ("dense", "nf4", "nf4_init", "adapter")
+    accuracy = {v: evaluation[v]["accuracy"] for v in variants}
+    return {
+        "name": result.name,
+        "run_key": result.run_key,
+        "seconds": result.seconds,
+        "losses": {v: evaluation[v]["loss"] for v in variants},
+        "perplexity": {v: evaluation[v]["perplexity"] for v in variants},
+        "accuracy": accuracy | {"majority": evaluation.get("majority", {}).get("accuracy")},
+        "calibrated_log_loss": {v: evaluation[v].get("calibrated_log_loss") for v in variants},
+        "gains": evaluation.get("gains"),
+        "passed": evaluation["passed"],
+        "stages": {record.name: _public(record) | {"facts": record.facts} for record in result.stages},
+        "registered": {k: facts["register"][k] for k in ("name", "version", "alias", "reason")},
+        "endpoint": result.endpoint,
+        "mlflow": {"uri": result.mlflow_uri, "run_id": result.mlflow_run_id},
+    }
+
+
+def _headline(summary: dict[str, Any]) -> dict[str, float]:
+    """The figures that show in the table of MLflow's runs."""
+    numbers = {f"loss_{v}": value for v, value in summary["losses"].items()}
+    numbers |= {f"accuracy_{v}": value for v, value in summary["accuracy"].items() if value is not None}
+    return numbers | {"seconds": summary["seconds"]}

@@ -1,0 +1,249 @@
+"""The routes over a real engine on the tiny model, without Ray: tokens, error shapes, streams, limits."""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from cluster.config import ServeConfig
+from cluster.model import ModelSource
+from cluster.serving.app import create_app
+from cluster.serving.auth import TokenCheck
+from cluster.serving.engine import Job, Piece
+from cluster.serving.protocol import MAX_BODY_BYTES
+from cluster.serving.service import Service
+from cluster.serving.spec import ServeSpec
+
+BASE, ONE, TWO = "tiny", "tiny-one.v1", "tiny-two"
+TOKEN = "the-token"
+BEARER = {"Authorization": f"Bearer {TOKEN}"}
+CHAT = {"model": ONE, "messages": [{"role": "user", "content": "hello"}], "temperature": 0, "max_tokens": 12}
+COMPLETION = {"model": ONE, "prompt": "hello", "temperature": 0, "max_tokens": 12}
+ROUTES = {"/v1/chat/completions": CHAT, "/v1/completions": COMPLETION}
+
+
+@pytest.fixture(scope="module")
+def service(served: tuple[ModelSource, dict[str, str]]) -> Iterator[Service]:
+    source, adapters = served
+    spec = ServeSpec(app_name="test", source=source, base_model_id=BASE, adapters=adapters)
+    service = Service.load(spec, ServeConfig(max_new_tokens=200, max_concurrent=4))
+    yield service
+    service.close()
+
+
+def call(service: Service, method: str, path: str, headers: Any = BEARER, **options: Any) -> httpx.Response:
+    async def once() -> httpx.Response:
+        transport = httpx.ASGITransport(create_app(service, TokenCheck(TOKEN)), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.request(method, path, headers=headers, **options)
+
+    return asyncio.run(once())
+
+
+def post(service: Service, path: str, **changes: Any) -> httpx.Response:
+    return call(service, "POST", path, json=ROUTES[path] | changes)
+
+
+def assert_error(response: httpx.Response, status: int, code: str | None = None) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    assert set(response.json()) == {"error"}
+    error: dict[str, Any] = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert code is None or error["code"] == code
+    return error
+
+
+def events(response: httpx.Response) -> list[dict[str, Any]]:
+    assert response.headers["content-type"].startswith("text/event-stream")
+    blocks = response.text.split("\n\n")
+    assert blocks[-2:] == ["data: [DONE]", ""]
+    return [json.loads(block.removeprefix("data: ")) for block in blocks[:-2]]
+
+
+@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": TOKEN}])
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("GET", "/v1/models"), ("GET", f"/v1/models/{ONE}"), ("POST", "/v1/chat/completions"), ("POST", "/v1/completions"),
+     ("GET", "/docs"), ("GET", "/openapi.json"), ("GET", "/"), ("GET", "/nowhere"), ("GET", "/healthz/"),
+     ("GET", "//healthz"), ("OPTIONS", "/v1/models")],
+)  # fmt: skip
+def test_everything_needs_the_token(service: Service, method: str, path: str, headers: dict[str, str]) -> None:
+    response = call(service, method, path, headers)
+    assert_error(response, 401, "invalid_api_key")
+    assert response.headers["www-authenticate"] == "Bearer"
+
+
+def test_health_is_open_and_docs_open_with_the_token(service: Service) -> None:
+    assert call(service, "GET", "/healthz", {}).status_code == 200
+    assert call(service, "GET", "/readyz", {}).json() == {"status": "ready"}
+    assert call(service, "GET", "/docs").status_code == 200
+    assert "/v1/chat/completions" in call(service, "GET", "/openapi.json").json()["paths"]
+
+
+def test_models(service: Service) -> None:
+    listed = call(service, "GET", "/v1/models").json()
+    assert [entry["id"] for entry in listed["data"]] == [BASE, ONE, TWO]
+    assert call(service, "GET", f"/v1/models/{ONE}").json()["object"] == "model"
+    assert_error(call(service, "GET", "/v1/models/none"), 404, "model_not_found")
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_each_model_answers_its_own_way_and_streams_the_same(service: Service, path: str) -> None:
+    texts = set()
+    for model in (BASE, ONE, TWO):
+        whole = post(service, path, model=model).json()
+        chunks = events(post(service, path, model=model, stream=True, stream_options={"include_usage": True}))
+        choice = whole["choices"][0]
+        text = choice["message"]["content"] if "message" in choice else choice["text"]
+        choices = [chunk["choices"][0] for chunk in chunks[:-1]]
+        assert "".join(c["delta"].get("content", "") if "delta" in c else c["text"] for c in choices) == text
+        assert [c["finish_reason"] for c in choices[-2:]] == [None, "length"]
+        assert chunks[-1]["choices"] == []
+        assert chunks[-1]["usage"] == whole["usage"]
+        assert whole["usage"]["completion_tokens"] == 12
+        assert {chunk["model"] for chunk in chunks} == {whole["model"]} == {model}
+        assert len({chunk["id"] for chunk in chunks}) == 1
+        texts.add(text)
+    assert len(texts) == 3
+
+
+def test_a_chat_stream_opens_with_the_role(service: Service) -> None:
+    first = events(post(service, "/v1/chat/completions", stream=True))[0]
+    assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert "usage" not in first
+
+
+def test_completions_default_to_sixteen_tokens(service: Service) -> None:
+    body = {"model": BASE, "prompt": "x", "temperature": 0}
+    answer = call(service, "POST", "/v1/completions", json=body).json()
+    assert answer["usage"] == {"prompt_tokens": 1, "completion_tokens": 16, "total_tokens": 17}
+
+
+@pytest.mark.parametrize("model", ["TINY", "tiny ", "../../etc/passwd", "tiny-one", "init", "adapter0"])
+@pytest.mark.parametrize("path", ROUTES)
+def test_unknown_models(service: Service, path: str, model: str) -> None:
+    assert assert_error(post(service, path, model=model), 404, "model_not_found")["param"] == "model"
+
+
+@pytest.mark.parametrize("path", ROUTES)
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 50_000, b'{"model": "tiny"}', b'{"max_tokens": ' + b"9" * 5000,
+     b'{"model": "tiny", "prompt": "a", "messages": "b", "temperature": NaN}'],
+)  # fmt: skip
+def test_bodies_that_are_no_request(service: Service, path: str, content: bytes) -> None:
+    headers = BEARER | {"Content-Type": "application/json"}
+    assert_error(call(service, "POST", path, headers, content=content), 400)
+
+
+def test_a_body_without_its_content_type_is_explained(service: Service) -> None:
+    error = assert_error(call(service, "POST", "/v1/completions", content=json.dumps(COMPLETION).encode()), 400)
+    assert "Content-Type" in error["message"]
+
+
+def test_unsupported_and_out_of_range(service: Service) -> None:
+    path = "/v1/chat/completions"
+    assert assert_error(post(service, path, n=2), 400, "unsupported_parameter")["param"] == "n"
+    assert assert_error(post(service, path, temperature=3), 400)["param"] == "temperature"
+    assert "at most 200" in assert_error(post(service, path, max_tokens=201), 400)["message"]
+    long = [{"role": "user", "content": "x" * 230}]
+    assert_error(post(service, path, messages=long, max_tokens=20), 400, "context_length_exceeded")
+    assert_error(post(service, path, messages=[{"role": "user", "content": "x" * 300}], max_tokens=None), 400)
+    assert post(service, path, messages=long, max_tokens=None).json()["usage"]["total_tokens"] == 256
+    late = [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]
+    assert "system comes first" in assert_error(post(service, path, messages=late), 400)["message"]
+    assert_error(post(service, "/v1/completions", prompt=[257]), 400, "invalid_value")
+    assert post(service, "/v1/completions", prompt="").json()["usage"]["prompt_tokens"] == 1
+
+
+def test_other_routes_and_methods(service: Service) -> None:
+    assert_error(call(service, "GET", "/nowhere"), 404)
+    assert_error(call(service, "GET", "/v1/completions"), 405)
+
+
+def test_a_body_too_large(service: Service) -> None:
+    async def endless() -> Any:
+        while True:
+            yield b" " * 65536
+
+    assert_error(call(service, "POST", "/v1/completions", content=b" " * (MAX_BODY_BYTES + 1)), 413)
+    assert_error(call(service, "POST", "/v1/completions", content=endless()), 413)
+
+
+def test_busy_is_429_with_retry_after(service: Service) -> None:
+    slots = [service._engine.submit(Job(None, (1, 2), 10**6), lambda _: None) for _ in range(4)]
+    try:
+        for path in ROUTES:
+            response = post(service, path)
+            assert_error(response, 429, "engine_busy")
+            assert response.headers["retry-after"] == "1"
+        assert call(service, "GET", "/readyz", {}).status_code == 200
+    finally:
+        for slot in slots:
+            slot.cancel()
+        drained(service)
+
+
+def drained(service: Service) -> None:
+    deadline = time.monotonic() + 10
+    while service.num_live and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert service.num_live == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_its_slot(service: Service, stream: bool) -> None:
+    body = json.dumps(CHAT | {"max_tokens": 200, "stream": stream}).encode()
+    headers = [(b"authorization", b"Bearer the-token"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": headers, "query_string": b"",
+             "http_version": "1.1", "scheme": "http", "root_path": "", "asgi": {"version": "3.0"}}  # fmt: skip
+    incoming = [{"type": "http.request", "body": body, "more_body": False}]
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return incoming.pop() if incoming else {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(create_app(service, TokenCheck(TOKEN))(scope, receive, send))
+    drained(service)
+    assert b"[DONE]" not in b"".join(message.get("body", b"") for message in sent)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_failed_generation(service: Service, stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service._engine, "_advance", lambda slot: Piece("", 0, "error"))
+    response = post(service, "/v1/completions", stream=stream)
+    if stream:
+        assert json.loads(response.text.strip().removeprefix("data: "))["error"]["code"] == "internal_error"
+    else:
+        assert_error(response, 500, "internal_error")
+
+
+def test_the_access_log_is_useful_and_tells_no_secrets(service: Service) -> None:
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("ray.serve.rankline")
+    logger.addHandler(handler)
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    try:
+        post(service, "/v1/completions", prompt="my private prompt", stream=True)
+        call(service, "GET", f"/v1/models?key={TOKEN}", {"Authorization": "Bearer my-wrong-token"})
+        call(service, "GET", "/my-private-path")
+        call(service, "GET", "/healthz")
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    assert len(lines) == 3
+    assert lines[0].startswith("POST /v1/completions 200 model=tiny-one.v1 stream=True prompt_tokens=17 ")
+    assert "completion_tokens=12 finish=length ms=" in lines[0]
+    assert lines[1].startswith("GET /v1/models 401 ms=")
+    assert not any(secret in line for line in lines for secret in (TOKEN, "private", "wrong"))

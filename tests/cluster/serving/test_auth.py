@@ -1,0 +1,79 @@
+"""The token file and its comparison."""
+
+import pickle
+import stat
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from cluster.errors import ServeError, TokenError
+from cluster.serving.auth import TokenCheck, check_exposure, ensure_token, is_loopback
+
+
+def test_a_token_is_made_once_and_private(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "token"
+    token = ensure_token(path)
+    assert len(token) >= 43
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert ensure_token(path) == token
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_racing_callers_agree(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(ensure_token, [tmp_path / "token"] * 32))) == 1
+
+
+def test_a_token_of_the_users_own(tmp_path: Path) -> None:
+    path = tmp_path / "token"
+    path.write_text("  my-token\n")
+    path.chmod(0o400)
+    assert ensure_token(path) == "my-token"
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o604, 0o620])
+def test_a_file_that_others_can_read_is_refused(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "token"
+    path.write_text("secret-value")
+    path.chmod(mode)
+    with pytest.raises(TokenError, match=f"chmod 600 {path}") as caught:
+        ensure_token(path)
+    assert "secret-value" not in str(caught.value)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b" \n", b"two words", b"line\nline", "schlüssel".encode(), b"x" * 5000])
+def test_what_is_no_token(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "token"
+    path.write_bytes(content)
+    path.chmod(0o600)
+    with pytest.raises(TokenError, match="printable ASCII"):
+        ensure_token(path)
+
+
+def test_a_path_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TokenError, match=r"serve\.token_file"):
+        ensure_token(tmp_path / "file" / "token")
+    with pytest.raises(TokenError):
+        ensure_token(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("header", "allowed"),
+    [(b"Bearer right", True), (b"bearer right", True), (b"Bearer  right ", True), (b"Bearer wrong", False),
+     (b"Bearer", False), (b"Bearer ", False), (b"Basic right", False), (b"right", False), (b"", False), (None, False),
+     (b"Bearer right\xff", False), (b"Bearer right right", False)],
+)  # fmt: skip
+def test_authorization_headers(header: bytes | None, allowed: bool) -> None:
+    assert TokenCheck("right").allows(header) is allowed
+
+
+def test_hosts() -> None:
+    assert all(is_loopback(host) for host in ("127.0.0.1", "127.8.8.8", "::1", "localhost"))
+    assert not any(is_loopback(host) for host in ("0.0.0.0", "::", "10.0.0.1", "example.org", "localhost.example.org"))
+    check_exposure("127.0.0.1", None)
+    check_exposure("0.0.0.0", "/some/token")
+    with pytest.raises(ServeError, match=r"Set serve\.token_file"):
+        check_exposure("0.0.0.0", None)

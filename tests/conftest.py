@@ -1,0 +1,35 @@
+"""What every test shares: the tolerance table on the path, one thread, no network, and the one Ray of a run."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+# before torch, ray and mlflow are imported; the head hands these down to its workers
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Start the one embedded head of a test run, connect to it, and end it afterwards."""
+    from cluster import session
+
+    store = tmp_path_factory.mktemp("ray_store")
+    head = session.start_or_adopt(store, num_cpus=6)
+    try:
+        session.connect(head)
+        yield head
+    finally:
+        session.disconnect()
+        session.stop(store)
