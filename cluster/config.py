@@ -55,7 +55,7 @@ class FinetuneConfig:
     threads_per_worker: Annotated[int, Ge(1), EXECUTION] = 1
     """Torch threads of a worker."""
     zero_stage: Literal[0, 1, 2, 3] | None = None
-    """ZeRO stage; null takes 2 over an NF4 base and 3 over a dense one on GPUs, else 2."""
+    """ZeRO stage; null takes 3 over a dense base on GPUs, else 2. In bfloat16, 0 runs as 1 (same numbers)."""
     allow_zero3_quantized: bool = False
     """ZeRO-3 over an NF4 base only with this flag; `zero.Init` is never used there."""
     backend: Annotated[Literal["auto", "gloo", "nccl"], EXECUTION] = "auto"

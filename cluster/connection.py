@@ -200,8 +200,12 @@ def _keep_stdout_clean() -> None:
 
 
 def _init(address: str, namespace: str, runtime_env: dict[str, Any] | None, log_to_driver: bool) -> None:
+    import logging
+
     import ray
 
+    # Ray Data announces every execution; a failed one raises.
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     if ray.is_initialized():
         current = ray.get_runtime_context().gcs_address
         if current == address:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cluster.training_state import restore, trained_parameters
-from cluster.zero import deepspeed_config, zero_stage
+from cluster.zero import deepspeed_config, effective_stage, zero_stage
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -23,23 +25,23 @@ class Ranks:
     rank: int
     world: int
 
-    def sum(self, value: float) -> float:
-        """The sum of one number per rank, in float64."""
-        return self._reduce(value, "SUM")
+    def sum(self, *values: float) -> list[float]:
+        """The sums of some numbers per rank, in float64."""
+        return self._reduce(values, "SUM")
 
     def max(self, value: float) -> float:
         """The largest of one number per rank."""
-        return self._reduce(value, "MAX")
+        return self._reduce((value,), "MAX")[0]
 
-    def _reduce(self, value: float, kind: str) -> float:
+    def _reduce(self, values: Sequence[float], kind: str) -> list[float]:
         import torch
         import torch.distributed as dist
 
         if self.world == 1:
-            return value
-        tensor = torch.tensor([value], dtype=torch.float64, device=_collective_device())
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64, device=_collective_device())
         dist.all_reduce(tensor, op=getattr(dist.ReduceOp, kind))
-        return float(tensor[0])
+        return [float(value) for value in tensor]
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
@@ -122,9 +124,9 @@ def build_engine(job: TrainJob, world: int, state: Mapping[str, Tensor] | None =
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(state[name])
-    stage = zero_stage(config, job.source.base, job.use_gpu)
-    _checkpoint_activations(model, config.gradient_checkpointing)
     name = str(dtype).removeprefix("torch.")
+    stage = effective_stage(zero_stage(config, job.source.base, job.use_gpu), name)
+    _checkpoint_activations(model, config.gradient_checkpointing)
     settings = deepspeed_config(config, stage=stage, world=world, dtype=name)
     engine = _initialize(model, list(parameters.values()), settings, job.use_gpu)
     if state is not None:
@@ -133,7 +135,8 @@ def build_engine(job: TrainJob, world: int, state: Mapping[str, Tensor] | None =
 
 
 def _initialize(model: nn.Module, parameters: list[nn.Parameter], settings: dict[str, Any], use_gpu: bool) -> Any:
-    import deepspeed
+    with _without_mlflow():
+        import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if not use_gpu:
@@ -141,6 +144,19 @@ def _initialize(model: nn.Module, parameters: list[nn.Parameter], settings: dict
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=settings)
     return engine
+
+
+@contextlib.contextmanager
+def _without_mlflow() -> Iterator[None]:
+    """Hide mlflow from DeepSpeed's autotuner, which imports it (2 s per worker) only because it is installed."""
+    if "mlflow" in sys.modules or "deepspeed" in sys.modules:
+        yield
+        return
+    sys.modules["mlflow"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["mlflow"]
 
 
 def _checkpoint_activations(model: Any, enabled: bool) -> None:

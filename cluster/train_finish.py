@@ -82,7 +82,7 @@ def _probe_loss(job: TrainJob, directory: Path, dtype: str, probe: MicroBatch) -
     from cluster.model import build_adapted
 
     device = "cuda" if job.use_gpu else "cpu"
-    model = build_adapted(job.source, getattr(torch, dtype), {"adapter": directory}).to(device)  # type: ignore[arg-type]
+    model = build_adapted(job.source, getattr(torch, dtype), {"adapter": directory}).to(device)
     table = TokenTable.read(job.train_tokens if job.heldout_tokens is None else job.heldout_tokens)
     with torch.no_grad():
         batch = collate(probe, table)

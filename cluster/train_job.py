@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from cluster.model import ModelSource
 
 ADAPTER_UNIT = "adapter"
-METRICS_FILE, OUTCOME_FILE = "metrics.jsonl", "outcome.json"
+METRICS_FILE, OUTCOME_FILE, STOP_FILE = "metrics.jsonl", "outcome.json", "stop"
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class TrainOutcome:
     world_size: int
     """Workers of the last attempt."""
     seconds: float
-    """Seconds of all steps, redone ones included."""
+    """Seconds of all steps, each counted once."""
     peak_rss_bytes: int
     """Largest resident set of a worker."""
     steps_redone: int
@@ -85,7 +85,7 @@ class Place:
     world: int
     """Workers."""
     launch: Path
-    """Directory of this launch on shared storage; a worker leaves an error there that no retry can cure."""
+    """Directory of this launch on shared storage: errors that no retry can cure, and the driver's wish to stop."""
     report: Callable[[dict[str, Any]], None]
     """Called by every rank at every checkpoint."""
 

@@ -10,6 +10,7 @@ import contextlib
 import math
 import os
 import time
+import warnings
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from cluster.errors import TrainError
 from cluster.metrics import MetricLog
 from cluster.tokens import TokenTable
 from cluster.train_engine import Ranks, build_engine, set_training
-from cluster.train_job import ADAPTER_UNIT, Place, TrainJob, checkpoint_unit
+from cluster.train_job import ADAPTER_UNIT, STOP_FILE, Place, TrainJob, checkpoint_unit
 from cluster.training_state import Progress, gather, load_tensors, newest_checkpoint, save_checkpoint
 
 if TYPE_CHECKING:
@@ -147,7 +148,10 @@ class _Trainer:
             part = answer_nll(self.built.engine, collate(share, self.tokens), self.built.device)
             self.built.backward(part * (self.place.world / total), last=index == len(shares) - 1)
             nll = nll + part.detach()
-        return self.ranks.sum(float(nll)) / total
+        total_nll, wishes = self.ranks.sum(float(nll), float((self.place.launch / STOP_FILE).exists()))
+        if wishes:
+            raise TrainError(f"finetune {self.job.name}: stopped by its driver at step {step}. Resume to go on.")
+        return total_nll / total
 
     def _eval_sequences(self, table: TokenTable) -> MicroBatch:
         return [[row] for row in sorted(range(len(table)), key=lambda row: (table.lengths[row], row))]
@@ -162,7 +166,7 @@ class _Trainer:
             for share in micro_batches(sequences, self.place.rank, self.place.world, self.config.micro_batch_size):
                 nll += float(answer_nll(self.built.engine, collate(share, table), self.built.device))
         total = sum(table.num_answer_tokens[row] for rows in sequences for row in rows)
-        return self.ranks.sum(nll) / total
+        return self.ranks.sum(nll)[0] / total
 
     @property
     def probe_sequences(self) -> MicroBatch:
@@ -208,8 +212,9 @@ class _Trainer:
 
 
 def set_environment(use_gpu: bool) -> None:
-    """Variables that torch and DeepSpeed read while they are imported."""
+    """What torch and DeepSpeed read while they are imported; before either is."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("DS_BUILD_OPS", "0")
     if not use_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
+    # DeepSpeed 0.19 calls collectives by the names that torch 2.13 has renamed.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=r".*torch\.distributed")

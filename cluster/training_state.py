@@ -179,10 +179,15 @@ def newest_checkpoint(store: UnitStore) -> Progress | None:
     """The newest whole checkpoint; damaged ones are discarded on the way. For one process at a time."""
     for step in reversed(checkpoints(store)):
         try:
-            return Progress(**store.read(checkpoint_unit(step), verify=True).facts)
+            found = Progress(**store.read(checkpoint_unit(step), verify=True).facts)
         except ValueError as error:
             store.log("damaged", checkpoint_unit(step), problem=str(error))
             store.discard(checkpoint_unit(step))
+            continue
+        if found.best_step is not None and not store.is_committed(checkpoint_unit(found.best_step)):
+            # Evaluated, but never kept (or damaged since): it cannot be chosen any more.
+            found.best_step = None
+        return found
     return None
 
 

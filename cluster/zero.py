@@ -47,6 +47,15 @@ def zero_stage(config: FinetuneConfig, base: Base, has_gpu: bool) -> int:
     return stage
 
 
+def effective_stage(stage: int, dtype: str) -> int:
+    """The stage that runs for the planned one: 1 in place of 0 in bfloat16.
+
+    Without ZeRO, DeepSpeed 0.19 keeps bfloat16 training's fp32 weights and moments where nobody can gather them, so
+    that no checkpoint could go on with another number of workers. ZeRO-1 computes the same and holds less.
+    """
+    return 1 if stage == 0 and dtype == "bfloat16" else stage
+
+
 def deepspeed_config(
     config: FinetuneConfig, *, stage: int, world: int, dtype: str, accumulation: int = 1
 ) -> dict[str, Any]:

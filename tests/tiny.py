@@ -171,13 +171,13 @@ def arithmetic_rows(count: int, offset: int = 0) -> list[dict[str, str]]:
     return rows
 
 
-def make_tokens(directory: Path, source: ModelSource, count: int, offset: int = 0, max_length: int = 64) -> Path:
-    """Tokenise `arithmetic_rows` for the tokenizer of `source`, in this process."""
+def make_tokens(directory: Path, tokenizer_dir: Path, count: int, offset: int = 0, max_length: int = 64) -> Path:
+    """Tokenise `arithmetic_rows`, in this process; the Parquet file."""
     from cluster.config import DataConfig
     from cluster.data import prepare_tokens
     from cluster.tokens import TOKENS_FILE
 
     file = write_jsonl(directory / "rows.jsonl", arithmetic_rows(count, offset))
     config = DataConfig(train=str(file), heldout=str(file), max_length=max_length)
-    prepare_tokens(str(file), source.shards / "units" / "meta", config, directory, use_ray=False)
+    prepare_tokens(str(file), tokenizer_dir, config, directory, use_ray=False)
     return directory / TOKENS_FILE

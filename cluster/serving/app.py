@@ -207,20 +207,22 @@ def _add_error_handlers(app: Any) -> None:
     from fastapi.responses import JSONResponse
     from starlette.exceptions import HTTPException
 
-    def respond(error: ApiError) -> JSONResponse:
+    def respond(http: Request, error: ApiError) -> JSONResponse:
+        if error.code is not None:
+            http.scope[FACTS]["code"] = error.code
         return JSONResponse(error.body(), error.status, headers=error.headers)
 
-    async def api(_: Request, error: ApiError) -> JSONResponse:
-        return respond(error)
+    async def api(request: Request, error: ApiError) -> JSONResponse:
+        return respond(request, error)
 
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        return respond(validation_error(list(error.errors())))
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        return respond(request, validation_error(list(error.errors())))
 
-    async def http(_: Request, error: HTTPException) -> JSONResponse:
-        return respond(ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {})))
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
+        return respond(request, ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {})))
 
-    async def unexpected(_: Request, error: Exception) -> JSONResponse:
-        return respond(_failed())
+    async def unexpected(request: Request, error: Exception) -> JSONResponse:
+        return respond(request, _failed())
 
     app.add_exception_handler(ApiError, api)
     app.add_exception_handler(RequestValidationError, invalid)

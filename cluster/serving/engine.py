@@ -96,6 +96,10 @@ class Engine:
         """
         import inspect
 
+        from lowrank.inject import adapted_layers
+
+        # Found once: `set_active` walks the whole model, 13 ms a step on SmolLM2-135M.
+        self._layers = [layer for _, layer in adapted_layers(model)]
         self._model, self._tokenizer, self._eos = model, tokenizer, frozenset(eos)
         self._extra = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         self._max_concurrent = max_concurrent
@@ -172,9 +176,8 @@ class Engine:
     def _advance(self, slot: Slot) -> Piece:
         import torch
 
-        from lowrank.inject import set_active
-
-        set_active(self._model, slot.job.adapter)
+        for layer in self._layers:
+            layer.active = slot.job.adapter
         ids = torch.tensor([slot.pending], device=self._model.device)
         output = self._model(input_ids=ids, past_key_values=slot.cache, use_cache=True, **self._extra)
         return slot.accept(slot.sample(output.logits[0, -1]), self._eos)

@@ -50,7 +50,7 @@ class AccessLog:
             return
         facts: dict[str, Any] = {}
         scope[FACTS] = facts
-        status, started = 0, time.perf_counter()
+        status, started = 499, time.perf_counter()  # nginx's number for a client that left before an answer
 
         async def watch(message: Message) -> None:
             nonlocal status

@@ -93,9 +93,11 @@ class Service:
         # Layers know adapters by plain names: a model id may hold a dot, which torch's ModuleDict refuses.
         slots: dict[str, str | None] = {spec.base_model_id: "init" if spec.source.base == "nf4" else None}
         paths: dict[str, Path | None] = {"init": None} if spec.source.base == "nf4" else {}
-        for index, model_id in enumerate(ids):
-            slots[model_id] = f"adapter{index}"
-            paths[f"adapter{index}"] = source.resolve(model_id)
+        names: dict[Path, str] = {}  # an adapter under several ids (a name and a name with its version) is loaded once
+        for model_id in ids:
+            path = source.resolve(model_id)
+            slots[model_id] = names.setdefault(path, f"adapter{len(names)}")
+            paths[names[path]] = path
         return cls(_build(spec, paths), load_tokenizer(spec.source.shards), slots, config)
 
     @property
@@ -151,14 +153,19 @@ class Service:
     def _prompt_ids(self, prompt: str | list[str] | list[int]) -> list[int]:
         given = prompt[0] if isinstance(prompt, list) and isinstance(prompt[0], str) else prompt
         if isinstance(given, str):
-            with self._lock:
-                ids: list[int] = list(self._tokenizer(given).input_ids)
-            start = self._tokenizer.bos_token_id
-            return ids or [self._tokenizer.eos_token_id if start is None else start]
+            return self._text_ids(given)
         tokens = [int(token) for token in given]
         if max(tokens) >= self._vocab_size:
             raise ApiError(400, f"A token id is not below {self._vocab_size}.", param="prompt", code="invalid_value")
         return tokens
+
+    def _text_ids(self, text: str) -> list[int]:
+        with self._lock:
+            ids: list[int] = list(self._tokenizer(text).input_ids)
+        start, end = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
+        if len(ids) > 1 and ids[-1] == end:  # some tokenizers close every text; training rows drop it too
+            ids.pop()
+        return ids or [end if start is None else start]
 
     def _start(self, request: GenerationRequest, prompt: list[int], default: int | None, param: str) -> Generation:
         max_tokens = self._limit(request, len(prompt), default, param)
@@ -207,8 +214,11 @@ def _build(spec: ServeSpec, paths: Mapping[str, Any]) -> PreTrainedModel:
     import torch
 
     from cluster.model import build_adapted, build_variant, compute_dtype
+    from cluster.serving.unpack import unpack_if_room
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = compute_dtype("auto", device)
     model = build_adapted(spec.source, dtype, paths) if paths else build_variant(spec.source, "dense", dtype)
+    if device == "cpu":
+        unpack_if_room(model, dtype)
     return model.to(torch.device(device))

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cluster.config import FinetuneConfig
 from cluster.model import ModelSource
 from lowrank.config import AdapterConfig
 from pipelines.config import PipelineConfig, result_fields
@@ -51,7 +52,7 @@ def run(ctx: Context) -> Outcome:
         base_facts=base,
         use_gpu=_has_gpu(ctx.use_ray),
     )
-    outcome = train(job, on_progress=_reporter(ctx))
+    outcome = train(job, on_progress=_reporter(ctx, _total_steps(tune, train_tokens)))
     ctx.commit("plain-lora", partial(_export_plain, source, ctx.store.path("adapter"), tune.adapter, base))
     units = ["train-tokens", *(["heldout-tokens"] if tune.eval_every else []), "adapter", "plain-lora"]
     facts = {
@@ -88,11 +89,18 @@ def _prepare(ctx: Context) -> tuple[Path, Path | None]:
     return train_tokens, None
 
 
-def _reporter(ctx: Context) -> Callable[[dict[str, Any]], None]:
+def _total_steps(config: FinetuneConfig, tokens: Path) -> int:
+    import pyarrow.parquet as pq
+
+    steps = -(-pq.read_metadata(tokens).num_rows // config.global_batch_size) * config.epochs
+    return min(steps, config.max_steps or steps)
+
+
+def _reporter(ctx: Context, total: int) -> Callable[[dict[str, Any]], None]:
     """Forward every step to the progress bar and to the tracking server."""
 
     def report(line: dict[str, Any]) -> None:
-        step, total = int(line["step"]), int(line.get("total_steps", 0))
+        step = int(line["step"])
         ctx.progress.total(total, step)
         ctx.progress.advance(0, f"loss {line['loss']:.4f}" if "loss" in line else "")
         numbers = {k: float(v) for k, v in line.items() if isinstance(v, int | float) and k not in ("step", "time")}

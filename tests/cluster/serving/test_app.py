@@ -5,19 +5,22 @@ import json
 import logging
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import torch
 
 from cluster.config import ServeConfig
-from cluster.model import ModelSource
+from cluster.model import ModelSource, build_adapted
 from cluster.serving.app import create_app
 from cluster.serving.auth import TokenCheck
 from cluster.serving.engine import Job, Piece
 from cluster.serving.protocol import MAX_BODY_BYTES
 from cluster.serving.service import Service
 from cluster.serving.spec import ServeSpec
+from cluster.serving.unpack import unpack_if_room
 
 BASE, ONE, TWO = "tiny", "tiny-one.v1", "tiny-two"
 TOKEN = "the-token"
@@ -247,3 +250,15 @@ def test_the_access_log_is_useful_and_tells_no_secrets(service: Service) -> None
     assert "completion_tokens=12 finish=length ms=" in lines[0]
     assert lines[1].startswith("GET /v1/models 401 ms=")
     assert not any(secret in line for line in lines for secret in (TOKEN, "private", "wrong"))
+
+
+def test_unpacking_changes_no_answer(served: tuple[ModelSource, dict[str, str]]) -> None:
+    source, adapters = served
+    model = build_adapted(source, torch.float32, {"init": None, "one": Path(adapters[ONE])})
+    ids = torch.arange(4, 40)[None]
+    with torch.inference_mode():
+        before = model(input_ids=ids).logits
+        assert not unpack_if_room(model, torch.float32, available_bytes=1000)
+        assert unpack_if_room(model, torch.float32)
+        assert not unpack_if_room(model, torch.float32)
+        torch.testing.assert_close(model(input_ids=ids).logits, before, atol=0, rtol=0)

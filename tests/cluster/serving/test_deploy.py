@@ -72,9 +72,9 @@ def test_openai_client_and_redeploy(deployed: Deployed) -> None:
             assert [piece.choices[0].finish_reason for piece in pieces][-1] == "length"
         with pytest.raises(NotFoundError, match="does not exist"):
             client.chat.completions.create(model="none", **asked)
-    with OpenAI(base_url=f"{endpoint.url}/v1", api_key="wrong", max_retries=0) as client:
-        with pytest.raises(AuthenticationError):
-            client.models.list()
+    stranger = OpenAI(base_url=f"{endpoint.url}/v1", api_key="wrong", max_retries=0)
+    with stranger, pytest.raises(AuthenticationError):
+        stranger.models.list()
     again = deploy(replace(deployed.spec, adapters={TWO: deployed.spec.adapters[TWO]}), deployed.config)
     assert again == replace(endpoint, model_ids=(BASE, TWO))
     headers = {"Authorization": f"Bearer {token}"}

