@@ -204,8 +204,9 @@ def _init(address: str, namespace: str, runtime_env: dict[str, Any] | None, log_
 
     import ray
 
-    # Ray Data announces every execution; a failed one raises.
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # They announce every execution and deployment; a failed one raises.
+    for name in ("ray.data", "ray.serve", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     if ray.is_initialized():
         current = ray.get_runtime_context().gcs_address
         if current == address:

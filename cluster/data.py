@@ -43,7 +43,7 @@ def prepare_tokens(source: str, tokenizer_dir: Path, config: DataConfig, out: Pa
     import pyarrow as pa
 
     where = open_source(source)
-    row_format = _row_format(where, config)
+    row_format = format_of(where, config)
     encode = EncodeBatch(str(tokenizer_dir), row_format, config.max_length)
     parts = list(_map_with_ray(where, encode) if use_ray else _map_in_process(where, encode))
     mapped = _in_file_order(where, pa.concat_tables(parts) if parts else None)
@@ -53,7 +53,12 @@ def prepare_tokens(source: str, tokenizer_dir: Path, config: DataConfig, out: Pa
     return facts
 
 
-def _row_format(where: Source, config: DataConfig) -> RowFormat:
+def format_of(where: Source, config: DataConfig) -> RowFormat:
+    """The configured format, or with `auto` the one that the first row's fields make.
+
+    Raises:
+        DataError: no rows, or fields of no known format.
+    """
     fields = sorted(first_row(where, str(config.format)))
     if config.format != "auto":
         return config.format

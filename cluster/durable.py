@@ -98,8 +98,11 @@ class UnitStore:
     def commit(self, unit: str, write: Callable[[Path], dict[str, Any] | None]) -> UnitRecord:
         """Make a unit: `write(directory)` fills a temporary directory and returns facts; then one rename.
 
+        A unit that is there already is returned as it is: Ray runs a task again whose worker died after its commit.
         Two processes that make the same unit at once leave one of the (equal) results. Facts enter the unit's hash.
         """
+        if self.is_committed(unit):
+            return self.read(unit)
         started = time.time()
         self.log("start", unit)
         final = self.path(unit)
@@ -198,4 +201,9 @@ def peak_rss_bytes() -> int:
     """Largest resident set of this process so far."""
     import resource
 
+    # ru_maxrss of a new program begins with the peak of the process that started it; VmHWM is its own
+    with contextlib.suppress(OSError), Path("/proc/self/status").open() as status:
+        for line in status:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

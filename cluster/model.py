@@ -180,7 +180,8 @@ def initial_adapters(source: ModelSource) -> dict[str, LoRA]:
     use_split = source.adapter.init == "split" and source.base == "nf4"
     for index, (module, split) in enumerate(SplitSet(source.splits).items()):
         left, right = (split.left, split.right) if use_split else (None, None)
-        made[module] = initial_lora(module, split.residual.shape, left, right, source.adapter, index)
+        m, n = split.residual.shape
+        made[module] = initial_lora(module, (m, n), left, right, source.adapter, index)
     return made
 
 

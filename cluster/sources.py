@@ -136,6 +136,17 @@ def _raw_rows(where: Source, file: str) -> Iterator[Any]:
             raise DataError(f"read {file}, row {number}: it is no JSON ({error}). Correct the row.") from error
 
 
+def numbered_rows(where: Source) -> Iterator[tuple[str, int, Any]]:
+    """(file, number within it, row) of every row as Python reads it.
+
+    Raises:
+        DataError: a line that is no JSON.
+    """
+    for file in where.files:
+        for number, row in enumerate(_raw_rows(where, file), start=1):
+            yield file, number, row
+
+
 def first_row(where: Source, expected: str) -> dict[str, Any]:
     """The non-null fields of the first row.
 

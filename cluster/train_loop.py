@@ -61,6 +61,7 @@ class _Trainer:
         max_length = int(self.tokens.facts.get("max_length", max(self.tokens.lengths)))
         self.plan = Plan(self.tokens.lengths, self.config, max_length)
         self.ranks = Ranks(place.rank, place.world)
+        self.reported_at = -math.inf
         self.log = MetricLog(job.root) if place.rank == 0 else None
         self.progress = self._newest()
         state = load_tensors(job.store, self.progress.step) if self.progress.step else None
@@ -179,8 +180,11 @@ class _Trainer:
         tensors = gather(self.built.engine, self.built.parameters)
         if self.place.rank == 0:
             save_checkpoint(self.job.store, tensors, self.progress)
-        self.ranks.barrier()
-        self.place.report({name: value for name, value in line.items() if value is not None})
+        # Rank 0's clock decides for all (this also is the barrier): a report that one rank misses hangs the others.
+        late = time.monotonic() - self.reported_at >= self.place.report_every_s
+        if self.ranks.max(float(late and self.place.rank == 0)):
+            self.reported_at = time.monotonic()
+            self.place.report({name: value for name, value in line.items() if value is not None})
 
     def _log_interval(self) -> None:
         """Every rank notes that it works on the interval up to the next checkpoint."""

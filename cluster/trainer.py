@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 __all__ = ["TrainJob", "TrainOutcome", "check_layout", "train"]
 
 _POLL_S = 0.5
+#: How often Ray Train's controller looks at its workers.
+_RAY_POLL_S = 2.0
 #: Raised anew under the same name by the driver; anything else becomes a TrainError.
 _KNOWN: dict[str, type[ClusterError]] = {kind.__name__: kind for kind in (DataError, ModelError, TrainError)}
 
@@ -139,7 +141,8 @@ def _worker(arguments: dict[str, Any]) -> None:
     # Ray Train tells every report of every rank; ours are in metrics.jsonl.
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     context = ray.train.get_context()
-    place = Place(context.get_world_rank(), context.get_world_size(), directory, ray.train.report)
+    rank, world = context.get_world_rank(), context.get_world_size()
+    place = Place(rank, world, directory, ray.train.report, report_every_s=2 * _RAY_POLL_S)
     try:
         run_worker(job, place)
     except Exception as error:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lowrank.errors import CheckpointError
+from lowrank.headers import TensorHeader, safetensors_files, safetensors_headers
 
 #: Largest piece of a tensor that is in memory while a shard is written.
 CHUNK_BYTES = 32 * 1024 * 1024
@@ -35,12 +36,6 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_CONVERT = (
-    'python -c "from transformers import AutoModelForCausalLM as M; '
-    "M.from_pretrained('DIR').save_pretrained('DIR-safetensors')\" (only for a file that you trust)"
-)
 
 
 @dataclass(frozen=True)
@@ -89,7 +84,7 @@ class SafetensorsCheckpoint:
 
     def __init__(self, path: Path) -> None:
         """Raises: CheckpointError: nothing readable there, a pickle, a missing part or a damaged header."""
-        self._files = _safetensors_files(path)
+        self._files = safetensors_files(path)
         self._specs: dict[str, TensorSpec] = {}
         for file in self._files:
             for spec in read_header(file):
@@ -123,72 +118,22 @@ class SafetensorsCheckpoint:
             return take(handle.get_slice(name))
 
 
-def _safetensors_files(path: Path) -> list[Path]:
-    if path.is_file():
-        if path.suffix in _PICKLES:
-            raise CheckpointError(
-                f"read {path}: a pickle checkpoint can run code and is refused. Convert it: {_CONVERT}"
-            )
-        return [path]
-    if not path.is_dir():
-        raise CheckpointError(f"read checkpoint {path}: there is no such file or directory. Check model.source.")
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        return _indexed_files(index)
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        pickles = [p.name for p in sorted(path.iterdir()) if p.suffix in _PICKLES]
-        hint = f"found pickles {pickles[:3]}, which are refused. Convert them: {_CONVERT}" if pickles else "found none."
-        raise CheckpointError(f"read checkpoint {path}: no *.safetensors file; {hint}")
-    return files
-
-
-def _indexed_files(index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(
-            f"read {index}: not a safetensors index ({error}). Download the checkpoint again."
-        ) from error
-    files = [index.parent / Path(name).name for name in names]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise CheckpointError(
-            f"read {index}: parts {missing[:3]} are missing ({len(missing)} of {len(files)}). Copy them."
-        )
-    return files
-
-
 def read_header(file: Path) -> list[TensorSpec]:
     """The tensors of one safetensors file, its length checked against its header.
 
     Raises:
         CheckpointError: truncated or damaged, or a dtype that this project does not read.
     """
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as handle:
-            (length,) = struct.unpack("<Q", handle.read(8))
-            if length > min(size, 100_000_000):
-                raise ValueError(f"header of {length} bytes in a file of {size}")
-            header = json.loads(handle.read(length))
-        header.pop("__metadata__", None)
-        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"read {file}: damaged safetensors header ({error}). Copy the file again.") from error
-    if end != size:
-        raise CheckpointError(f"read {file}: {size} bytes, but its header describes {end}. Copy the file again.")
-    return [_spec(file, name, entry) for name, entry in header.items()]
+    return [_spec(file, header) for header in safetensors_headers(file)]
 
 
-def _spec(file: Path, name: str, entry: dict[str, Any]) -> TensorSpec:
-    if entry["dtype"] not in DTYPES:
+def _spec(file: Path, header: TensorHeader) -> TensorSpec:
+    if header.dtype not in DTYPES:
         raise CheckpointError(
-            f"read {file}: tensor {name!r} has dtype {entry['dtype']}; allowed are {sorted(DTYPES)}. "
+            f"read {file}: tensor {header.name!r} has dtype {header.dtype}; allowed are {sorted(DTYPES)}. "
             "Save the model in float32, bfloat16 or float16."
         )
-    begin, end = entry["data_offsets"]
-    return TensorSpec(name, DTYPES[entry["dtype"]], tuple(entry["shape"]), str(file), end - begin)
+    return TensorSpec(header.name, DTYPES[header.dtype], header.shape, str(file), header.end - header.begin)
 
 
 @dataclass(frozen=True)

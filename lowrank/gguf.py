@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lowrank.checkpoint import TensorSpec
 from lowrank.errors import CheckpointError
+from lowrank.headers import GGUF_ARCHITECTURES
 
 _BLOCK = {
     "attn_norm": "input_layernorm",
@@ -30,8 +31,6 @@ _BLOCK = {
     "ffn_down": "mlp.down_proj",
 }
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-#: GGUF architecture -> (Hugging Face model_type, class, whether q and k rows are interleaved).
-_ARCHITECTURES = {"llama": ("llama", "LlamaForCausalLM", True), "qwen2": ("qwen2", "Qwen2ForCausalLM", False)}
 
 
 class GGUFCheckpoint:
@@ -50,9 +49,9 @@ class GGUFCheckpoint:
             raise CheckpointError(f"read GGUF {path}: damaged or truncated ({error}). Download it again.") from error
         self._path = path
         self.architecture = str(self._field("general.architecture"))
-        if self.architecture not in _ARCHITECTURES:
+        if self.architecture not in GGUF_ARCHITECTURES:
             raise CheckpointError(
-                f"read GGUF {path}: architecture {self.architecture!r}; allowed are {sorted(_ARCHITECTURES)}. "
+                f"read GGUF {path}: architecture {self.architecture!r}; allowed are {sorted(GGUF_ARCHITECTURES)}. "
                 "Convert the model to a Hugging Face directory with safetensors."
             )
 
@@ -85,7 +84,7 @@ class GGUFCheckpoint:
     def _row_order(self, name: str) -> np.ndarray[Any, Any] | None:
         """Source row of every row: q and k go from (pair, half) back to (half, pair) within each head."""
         match = re.search(r"self_attn\.(q|k)_proj", name)
-        if not match or not _ARCHITECTURES[self.architecture][2]:
+        if not match or not GGUF_ARCHITECTURES[self.architecture][2]:
             return None
         heads = self.config["num_attention_heads" if match[1] == "q" else "num_key_value_heads"]
         rows = self._spec(name).rows
@@ -103,7 +102,7 @@ class GGUFCheckpoint:
     def config(self) -> dict[str, Any]:
         """The Hugging Face `config.json` of this model."""
         arch = self.architecture
-        model_type, cls, _ = _ARCHITECTURES[arch]
+        model_type, cls, _ = GGUF_ARCHITECTURES[arch]
         heads = int(self._field(f"{arch}.attention.head_count"))
         hidden = int(self._field(f"{arch}.embedding_length"))
         return {

@@ -1,6 +1,7 @@
-"""The model card: a Hugging Face README that says what the adapter is, what it scored, and how to load it.
+"""A run in words: the verdict, how figures are written, and the model card.
 
-It is part of a content-addressed bundle, so that it holds no time, no path of this machine and no run id.
+The card is a Hugging Face README that says what the adapter is, what it scored, and how to load it. It is part
+of a content-addressed bundle, so that it holds no time, no path of this machine and no run id.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 from pipelines.config import PipelineConfig, result_fields
 
+DASH = "–"
 VARIANTS = {
     "dense": "the original model",
     "nf4": "every target layer in plain NF4",
@@ -101,14 +103,14 @@ def _results(evaluation: Mapping[str, Any]) -> str:
             f"{code(name)}: {meaning}",
             f"{evaluation[name]['loss']:.4f}",
             f"{evaluation[name]['perplexity']:.4g}",
-            _percent(evaluation[name].get("accuracy")),
-            _number(evaluation[name].get("calibrated_log_loss")),
+            percent(evaluation[name].get("accuracy")),
+            number(evaluation[name].get("calibrated_log_loss")),
         ]
         for name, meaning in VARIANTS.items()
     ]
     majority = evaluation.get("majority") or {}
     if majority:
-        rows.append([f"always {code(majority['label'])} (majority class)", "", "", _percent(majority["accuracy"]), ""])
+        rows.append([f"always {code(majority['label'])} (majority class)", "", "", percent(majority["accuracy"]), ""])
     counted = evaluation["adapter"]
     head = ["model", "loss, nats/token", "perplexity", "accuracy", "calibrated log-loss"]
     scale = f"{counted.get('num_rows', '?')} held-out rows, {counted.get('num_tokens', '?')} answer tokens."
@@ -119,14 +121,6 @@ def _results(evaluation: Mapping[str, Any]) -> str:
     )
     paired = f"\n\nGain of the adapter in accuracy, row by row:\n\n{gains}" if gains else ""
     return f"{scale}\n\n{table(head, rows, numbers=True)}{paired}"
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f} %"
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
 
 
 def _usage(config: PipelineConfig) -> str:
@@ -205,3 +199,54 @@ def _limitations(evaluation: Mapping[str, Any]) -> str:
         names = ", ".join(code(name) for name in sorted(worse))
         notes.insert(1, f"The 95 % interval of its gain in accuracy over {names} includes zero or lies below.")
     return "\n".join(f"- {note}" for note in notes)
+
+
+def verdict(summary: Mapping[str, Any]) -> str:
+    """What training did to loss and accuracy, and whether the gain over always answering alike is more than chance."""
+    losses, accuracy = summary["losses"], summary["accuracy"]
+    text = f"The adapter {_moved('held-out loss', *pair(losses['nf4_init'], losses['adapter']))}"
+    before, after, majority = (accuracy.get(name) for name in ("nf4_init", "adapter", "majority"))
+    if before is None or after is None:
+        return text + "."
+    agree = (losses["adapter"] < losses["nf4_init"]) == (after > before)
+    text += f" {'and' if agree else 'but'} {_moved('accuracy', percent(before), percent(after), before < after)}"
+    text += f" (majority class {percent(majority)})." if majority is not None else "."
+    gain = (summary.get("gains") or {}).get("majority")
+    if gain is None or gain["low"] > 0:
+        return text
+    reading = "lies below" if gain["high"] < 0 else "cannot be told apart from"
+    low, high = points(gain["low"]), points(gain["high"])
+    return f"{text} Its accuracy {reading} that of the majority class (95\u00a0% interval {low} to {high} points)."
+
+
+def _moved(what: str, before: str, after: str, up: bool) -> str:
+    if before == after:
+        return f"leaves {what} at {after}"
+    return f"{'raises' if up else 'lowers'} {what} from {before} to {after}"
+
+
+def pair(before: float, after: float) -> tuple[str, str, bool]:
+    """Two figures to three digits, or to as many as tell them apart; and whether the second is larger."""
+    shown = [(format(before, f".{digits}g"), format(after, f".{digits}g")) for digits in (3, 4, 5, 6)]
+    a, b = next((both for both in shown if both[0] != both[1]), shown[0])
+    return a, b, before < after
+
+
+def number(value: float | None, form: str = ".4f") -> str:
+    """A number, or a dash where there is none."""
+    return DASH if value is None else format(value, form)
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A share as a percentage."""
+    return DASH if value is None else f"{100 * value:.{digits}f}\u00a0%"
+
+
+def points(value: float | None) -> str:
+    """A difference of shares in points, signed."""
+    return DASH if value is None else f"{100 * value:+.1f}".replace("-", "−")
+
+
+def count(value: float | None) -> str:
+    """A whole number with thin spaces between thousands."""
+    return DASH if value is None else f"{value:,.0f}".replace(",", "\u202f")

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "TOKENIZERS_PARALLELISM": "false",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
@@ -106,26 +107,48 @@ def _run(arguments: argparse.Namespace) -> int:
 
     try:
         return int(getattr(commands, arguments.command)(arguments))
+    except BrokenPipeError:  # `rankline status | head`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  the interpreter flushes it at exit
+        return 0
     except (Exception, KeyboardInterrupt) as error:
-        from pipelines.errors import BUG, exit_code
+        from pipelines.errors import exit_code
 
-        code = exit_code(error)
         if arguments.debug:
             raise
+        code = exit_code(error)
         _explain(error, code, arguments)
-        return code if code != BUG else BUG
+        return code
 
 
 def _explain(error: BaseException, code: int, arguments: argparse.Namespace) -> None:
-    """The message without a traceback, then the command that goes on."""
-    text = str(error) or type(error).__name__
-    if isinstance(error, KeyboardInterrupt):
-        text = "interrupted; what is committed stays."
-    if code == 1:
-        text = f"unexpected {type(error).__name__}: {text}\nThis is a bug. Run again with --debug for the traceback."
+    """The message without a traceback, then the command that goes on; with `--json` both also as one document."""
+    from pipelines.errors import BUG, CONFIG, explain
+
+    text = explain(error, code)
+    goes_on = _again(arguments) if arguments.command in ("run", "resume") and code not in (BUG, CONFIG) else None
+    if arguments.json:
+        import json
+
+        print(json.dumps({"error": text, "exit_code": code, "goes_on": goes_on}, indent=2))
     print(f"rankline {arguments.command}: {text}", file=sys.stderr)
-    if arguments.command == "run" and code not in (1, 2):
-        print(f"Go on with: rankline run {arguments.pipeline}", file=sys.stderr)
+    if goes_on:
+        print(f"Go on with: {goes_on}", file=sys.stderr)
+
+
+def _again(arguments: argparse.Namespace) -> str:
+    """The command line that was given, to be copied."""
+    import shlex
+
+    if arguments.command == "resume":
+        return shlex.join(["rankline", "resume", arguments.run, "--store", arguments.store])
+    words = ["rankline", "run", arguments.pipeline]
+    for option, values in (
+        ("--set", arguments.overrides),
+        ("--store", [arguments.store]),
+        ("--address", [arguments.address]),
+    ):
+        words += [word for value in values if value for word in (option, value)]
+    return shlex.join(words)
 
 
 if __name__ == "__main__":

@@ -122,7 +122,14 @@ def ui(arguments: Namespace) -> int:
     """`rankline ui`: MLflow's own server on loopback, until Ctrl-C."""
     from pipelines import mlflow_ui
 
-    return mlflow_ui.serve(Path(arguments.store).resolve(), arguments.port)
+    def ready(url: str) -> None:
+        if arguments.json:
+            _json({"url": url})
+        else:
+            print(f"MLflow on {url}  (Ctrl-C ends it)")
+        sys.stdout.flush()
+
+    return mlflow_ui.serve(Path(arguments.store).resolve(), arguments.port, ready)
 
 
 def methods(arguments: Namespace) -> int:

@@ -1,17 +1,16 @@
 """The pipeline's one configuration: every room's dataclass composed in one strict dataclass that pydantic validates.
 
-`PipelineConfig.from_yaml` reads a YAML file, applies `--set` overrides and reports all problems at once, each by its dotted path.
-`result_fields`
-is what enters a stage's key: everything but the fields marked `EXECUTION` by their owners.
+`PipelineConfig.from_yaml` reads a YAML file, applies `--set` overrides and reports all problems at once, each by its
+dotted path. `result_fields` is what enters a stage's key: everything but the fields marked `EXECUTION` by their owners.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_type_hints
 
@@ -128,11 +127,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
         data = yaml.safe_load(path.read_text())
     except OSError as error:
         raise ConfigError(f"read pipeline {path}: {error.strerror}. Give the path of a pipeline YAML.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that does not exist is a ValueError
         raise ConfigError(f"read pipeline {path}: not valid YAML: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"read pipeline {path}: got {type(data).__name__}, allowed is a mapping of sections.")
     return data
+
+
+@cache
+def _adapter() -> TypeAdapter[PipelineConfig]:
+    return TypeAdapter(PipelineConfig)
 
 
 def parse(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> PipelineConfig:
@@ -141,11 +145,11 @@ def parse(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> PipelineCon
     Raises:
         ConfigError: with every problem found, by path.
     """
-    merged: dict[str, Any] = json.loads(json.dumps(data))
+    merged: dict[str, Any] = _plain(data)
     for override in overrides:
         _apply(merged, override)
     try:
-        config = TypeAdapter(PipelineConfig).validate_python(merged)
+        config = _adapter().validate_python(merged)
     except ValidationError as error:
         raise ConfigError([_problem(item) for item in error.errors(include_url=False)]) from error
     problems = list(_contradictions(config))
@@ -167,7 +171,17 @@ def _apply(data: dict[str, Any], override: str) -> None:
         data = data[parent]
         if not isinstance(data, dict):
             raise ConfigError(f"--set {override}: {parent!r} is not a section.")
-    data[leaf] = yaml.safe_load(text)
+    try:
+        data[leaf] = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"--set {override}: the value is not YAML ({' '.join(str(error).split())}).") from error
+
+
+def _plain(value: Any) -> Any:
+    """A copy with text keys: YAML reads `1:` and `on:` as other types."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
 def _problem(item: Any) -> str:
@@ -199,8 +213,8 @@ def _contradictions(config: PipelineConfig) -> Iterator[str]:
     r, rank = tune.adapter.r, config.decompose.rank
     if config.quantize.method == "qpissa" and tune.adapter.init == "split" and r and rank and r < rank:
         yield (
-            f"finetune.adapter.r: {r} is smaller than decompose.rank = {rank}, which the residual is quantized against. "
-            f"Set finetune.adapter.r >= {rank} or null, or decompose.rank <= {r}."
+            f"finetune.adapter.r: {r} is smaller than decompose.rank = {rank}, which the residual is quantized "
+            f"against. Set finetune.adapter.r >= {rank} or null, or decompose.rank <= {r}."
         )
     if tune.zero_stage == 3 and not tune.allow_zero3_quantized:
         yield "finetune.zero_stage: 3 over an NF4 base needs finetune.allow_zero3_quantized: true; 2 is the default."
@@ -227,10 +241,10 @@ def _optional_execution(hint: Any) -> bool:
 
 def to_dict(config: PipelineConfig) -> dict[str, Any]:
     """The whole configuration as plain values, defaults included."""
-    value: dict[str, Any] = TypeAdapter(PipelineConfig).dump_python(config, mode="json")
+    value: dict[str, Any] = _adapter().dump_python(config, mode="json")
     return value
 
 
 def json_schema() -> dict[str, Any]:
     """JSON schema of a pipeline YAML, for editors."""
-    return TypeAdapter(PipelineConfig).json_schema() | {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    return _adapter().json_schema() | {"$schema": "https://json-schema.org/draft/2020-12/schema"}

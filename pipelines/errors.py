@@ -12,7 +12,9 @@ PipelineError
 from __future__ import annotations
 
 import errno
+import os
 
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES)
 DONE, BUG, CONFIG, WEIGHTS, CLUSTER, TRAINING, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 
 
@@ -67,6 +69,27 @@ def exit_code(error: BaseException) -> int:
     for kinds, code in table:
         if isinstance(error, kinds):
             return code
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES):
-        return WEIGHTS
-    return BUG
+    return WEIGHTS if is_disk_error(error) else BUG
+
+
+def is_disk_error(error: BaseException) -> bool:
+    """Whether a disk refused: an `OSError`, or one of the libraries' own exceptions that only quotes it."""
+    if isinstance(error, OSError) and error.errno in _DISK:
+        return True
+    text = str(error)
+    return any(f"(os error {number})" in text or os.strerror(number) in text for number in (errno.ENOSPC, errno.EDQUOT))
+
+
+def explain(error: BaseException, code: int) -> str:
+    """What a user reads: the error's own message, or one for what has none."""
+    text = str(error) or type(error).__name__
+    if code == INTERRUPTED and isinstance(error, KeyboardInterrupt):
+        return "interrupted; what is committed stays."
+    if code == BUG:
+        return f"unexpected {type(error).__name__}: {text}\nThis is a bug. Run again with --debug for the traceback."
+    if code == WEIGHTS and not isinstance(error, PipelineError) and is_disk_error(error):
+        return (
+            f"the disk refused: {text}. Free some space (`df -h`), make the directory writable, or set store.path to "
+            "another disk; what is committed stays."
+        )
+    return text

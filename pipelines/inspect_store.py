@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pipelines.artifacts import Store
 from pipelines.errors import ConfigError
 from pipelines.lease import holder
+from pipelines.stages import STAGES
 from pipelines.workflow import read_record
 
 
@@ -38,7 +40,9 @@ def _run(store: Store, name: str) -> dict[str, Any]:
     if record["status"] == "RUNNING" and driver is None:
         record["status"] = "LOST (its driver died; run it again to go on)"
     record["driver"] = driver["pid"] if driver else None
-    record["stages"] = [_stage(store, stage, key, record["stages"].get(stage)) for stage, key in record["keys"].items()]
+    keys, known = record["keys"], record["stages"]
+    order = [stage.name for stage in STAGES if stage.name in keys]
+    record["stages"] = [_stage(store, stage, keys[stage], known.get(stage)) for stage in order]
     return record
 
 
@@ -67,7 +71,7 @@ def methods() -> dict[str, list[dict[str, str]]]:
     from lowrank.decompositions.registry import METHODS as DECOMPOSITIONS
     from lowrank.quantization.residual import METHODS as QUANTIZATIONS
 
-    sections = {
+    sections: dict[str, Mapping[str, Any]] = {
         "decompose.method": DECOMPOSITIONS,
         "quantize.method": QUANTIZATIONS,
         "finetune.adapter.method": FAMILIES,

@@ -1,42 +1,113 @@
-"""`rankline ui`: MLflow's own server on a store's database, on loopback only."""
+"""`rankline ui`: MLflow's own server on a store's database, on loopback only.
+
+The server makes children of its own, so it gets a process group, which ends with this command whatever ends it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
+from typing import IO
 
 from cluster.errors import PortError
 from pipelines.errors import TrackingError
-from pipelines.tracking import default_uri
+from pipelines.tracking import default_uri, probe
+
+START_S = 120.0
+STOP_S = 10.0
 
 
-def serve(store: Path, port: int) -> int:
-    """Run MLflow's server until it ends or Ctrl-C.
+def serve(store: Path, port: int, ready: Callable[[str], None]) -> int:
+    """Run MLflow's server until it ends or Ctrl-C; `ready` is told the address once it answers.
 
     Raises:
-        TrackingError: the store has no tracking database. PortError: the port is in use.
+        TrackingError: the store has no usable tracking database, or the server does not come up.
+        PortError: the port is in use.
     """
     database = store / "_mlflow" / "mlflow.db"
     if not database.is_file():
-        raise TrackingError(f"ui: {database} does not exist. Run a pipeline first, or give --store.")
-    with socket.socket() as probe:
-        if probe.connect_ex(("127.0.0.1", port)) == 0:
+        raise TrackingError(f"ui: {database} does not exist. Run a pipeline first, or give its store with --store.")
+    probe(default_uri(store), embedded=True)
+    with socket.socket() as taken:
+        if taken.connect_ex(("127.0.0.1", port)) == 0:
             raise PortError(f"ui: port {port} is in use. Give another one with --port.")
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += [
-        "--backend-store-uri",
-        default_uri(store),
-        "--default-artifact-root",
-        str(store / "_mlflow" / "artifacts"),
-    ]
-    print(f"MLflow on http://127.0.0.1:{port}  (Ctrl-C ends it)", flush=True)
-    process = subprocess.Popen(command, env=os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"})
+    with tempfile.TemporaryFile() as log, _group(_command(store, port), log) as process:
+        _wait_until_up(process, port, log)
+        ready(f"http://127.0.0.1:{port}")
+        with contextlib.suppress(KeyboardInterrupt):
+            process.wait()
+            raise TrackingError(f"ui: MLflow's server ended by itself:\n{_tail(log)}")
+    return 0
+
+
+def _command(store: Path, port: int) -> list[str]:
+    # Only these host names are answered: another site cannot reach the server through a name of its own (rebinding).
+    names = [f"127.0.0.1:{port}", f"localhost:{port}"]
+    options = {
+        "--host": "127.0.0.1",
+        "--port": str(port),
+        "--workers": "1",
+        "--allowed-hosts": ",".join(names),
+        "--cors-allowed-origins": ",".join(f"http://{name}" for name in names),
+        "--backend-store-uri": default_uri(store),
+        "--registry-store-uri": default_uri(store),
+        "--default-artifact-root": str(store / "_mlflow" / "artifacts"),
+    }
+    return [sys.executable, "-m", "mlflow", "server", *(word for pair in options.items() for word in pair)]
+
+
+@contextlib.contextmanager
+def _group(command: list[str], log: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+    """The command in a process group that ends with the block, on SIGTERM too."""
+
+    def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    # Its job runner would start processes for features that nothing here uses.
+    environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        return process.wait()
-    except KeyboardInterrupt:
-        process.terminate()
-        process.wait()
-        return 0
+        yield process
+    finally:
+        for number in previous:
+            signal.signal(number, signal.SIG_IGN)
+        _end(process)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_S)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _wait_until_up(process: subprocess.Popen[bytes], port: int, log: IO[bytes]) -> None:
+    import httpx
+
+    until = time.monotonic() + START_S
+    while process.poll() is None and time.monotonic() < until:
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"http://127.0.0.1:{port}/health", timeout=2.0, trust_env=False).is_success:
+                return
+        time.sleep(0.2)
+    raise TrackingError(f"ui: MLflow's server did not come up within {START_S:.0f} s:\n{_tail(log)}")
+
+
+def _tail(log: IO[bytes]) -> str:
+    log.seek(0)
+    return "\n".join(log.read().decode(errors="replace").splitlines()[-5:])

@@ -1,83 +1,129 @@
 """Before anything runs: what is cached, what would be refused, and what the rest will cost.
 
-Estimates come from sizes, a parameter count and one short matrix product on this machine; they are rough, and say so.
+A refusal is the very error that the run would end with, found in seconds: neither torch nor Ray nor MLflow is
+imported here.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import ClusterError, PortError
+from cluster.errors import ClusterError, ConnectError, PortError, ResourceError, TokenError
 from lowrank.errors import LowRankError
+from lowrank.headers import TensorHeader
 from pipelines.artifacts import Store
 from pipelines.config import PipelineConfig
 from pipelines.errors import ArtifactError, ConfigError, PipelineError
-from pipelines.sources import Sources, data_files
+from pipelines.estimates import ModelSize, disk_bytes, estimates, is_linear, model_size
+from pipelines.rowcheck import RowStats, check_rows
+from pipelines.sources import ModelFiles, Sources, data_files, resolve_model
 
-#: A quantized weight, its block maxima and its factors, in bytes per weight (an upper bound for r <= 64).
-PACKED_BYTES = 0.75
 #: Disk that must stay free beside what a run writes.
 SPARE_BYTES = 256 * 1024 * 1024
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """Sizes read from the checkpoint's headers; no weight is read."""
-
-    num_parameters: int
-    dense_bytes: int
-    largest_tensor_bytes: int
-    max_rank: int
-
-
-def model_size(sources: Sources) -> ModelSize:
-    """Count parameters and bytes of a model from its headers."""
-    specs = sources.model.checkpoint().specs()
-    matrices = [spec for spec in specs if len(spec.shape) == 2 and "embed" not in spec.name and "head" not in spec.name]
-    return ModelSize(
-        num_parameters=sum(_numel(spec.shape) for spec in specs),
-        dense_bytes=sum(spec.nbytes for spec in specs),
-        largest_tensor_bytes=max(spec.nbytes for spec in specs),
-        max_rank=min((min(spec.shape) for spec in matrices), default=1),
-    )
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
+#: Longest wait for a port to answer.
+PROBE_S = 3.0
+Refused = (PipelineError, ClusterError, LowRankError)
 
 
 def require_ready(config: PipelineConfig, sources: Sources, store: Store) -> None:
-    """Raise the first refusal."""
-    for error in refusals(config, sources, store):
-        raise error
+    """Raise what refuses the run; more than one reason are told together, with the exit code of the first."""
+    problems = examine(config, sources.model, store).refusals
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise type(problems[0])("\n".join(map(str, problems))) from problems[0]
 
 
-def refusals(config: PipelineConfig, sources: Sources, store: Store) -> Iterator[Exception]:
-    """Every reason not to start, as the error that the run would end with."""
-    size: ModelSize | None = None
+@dataclass(frozen=True)
+class Examined:
+    """What was found: refusals, each as the error that the run would end with, and what estimates need."""
+
+    refusals: list[Exception]
+    size: ModelSize | None
+    rows: dict[str, RowStats] | None
+
+
+def examine(config: PipelineConfig, model: ModelFiles, store: Store) -> Examined:
+    """Look at the model's headers, the rows, and the machine."""
+    problems, size = _model(config, model, store)
+    rows = None
     try:
-        size = model_size(sources)
-    except (LowRankError, ClusterError) as error:
-        yield error
-    if size is not None and config.decompose.rank and config.decompose.rank > size.max_rank:
-        yield ConfigError(
-            f"decompose.rank: {config.decompose.rank} is more than min(m, n) = {size.max_rank} of the smallest target. "
-            f"Set decompose.rank <= {size.max_rank}, or name larger layers in decompose.target_modules."
-        )
-    if size is not None:
-        yield from _disk(config, size, store)
+        rows = check_rows(config.data)
+    except ClusterError as error:
+        problems.append(error)
+    return Examined([*problems, *environment_refusals(config, store)], size, rows)
+
+
+def environment_refusals(config: PipelineConfig, store: Store) -> Iterator[Exception]:
+    """What stands against a run whatever its model and data."""
+    yield from _tokens(config, store)
     yield from _port(config, store)
     yield from _layout(config)
+    yield from _address(config)
+    yield from _tracking(config, store)
 
 
-def _disk(config: PipelineConfig, size: ModelSize, store: Store) -> Iterator[Exception]:
+def missing_sources(config: PipelineConfig) -> Iterator[Exception]:
+    """Model and data that cannot be found; with any of them there are no keys."""
+    finders: list[Callable[[], object]] = [
+        lambda: resolve_model(config.model).files(),
+        lambda: data_files(config.data.train),
+        lambda: data_files(config.data.heldout),
+    ]
+    for find in finders:
+        try:
+            find()
+        except Refused as error:
+            yield error
+
+
+def _model(config: PipelineConfig, model: ModelFiles, store: Store) -> tuple[list[Exception], ModelSize | None]:
+    from cluster.known_models import check_config
+
+    try:
+        if model.kind == "safetensors":
+            check_config(model.path)
+        headers = model.headers()
+    except (LowRankError, ClusterError) as error:
+        return [error], None
+    size = model_size(headers)
+    problems = list(_disk(size, store))
+    rank, limit = config.decompose.rank, largest_rank(config, headers)
+    if rank and rank > limit:
+        problem = ConfigError(
+            f"decompose.rank: {rank} is more than min(m, n) = {limit} of the smallest target. "
+            f"Set decompose.rank <= {limit}, or name larger layers in decompose.target_modules."
+        )
+        problems.insert(0, problem)
+    return problems, size
+
+
+def largest_rank(config: PipelineConfig, headers: list[TensorHeader]) -> int:
+    """min(m, n) of the smallest target; where names cannot be matched (GGUF has its own), of the largest layer."""
+    linear = {header.name.removesuffix(".weight"): min(header.shape) for header in headers if is_linear(header)}
+    if not linear:
+        return 1 << 60
+    wanted = config.decompose.target_modules
+    if wanted == "all-linear":
+        return min(linear.values())
+    chosen = [rank for name, rank in linear.items() if any(_matches(pattern, name) for pattern in wanted)]
+    return min(chosen) if chosen else max(linear.values())
+
+
+def _matches(pattern: str, name: str) -> bool:
+    try:
+        return name == pattern or name.endswith("." + pattern) or re.fullmatch(pattern, name) is not None
+    except re.error:
+        return False
+
+
+def _disk(size: ModelSize, store: Store) -> Iterator[Exception]:
     needed = disk_bytes(size) + SPARE_BYTES
     free = shutil.disk_usage(_existing(store.root)).free
     if free < needed:
@@ -93,18 +139,34 @@ def _existing(path: Path) -> Path:
     return path
 
 
+def _tokens(config: PipelineConfig, store: Store) -> Iterator[Exception]:
+    """A token that others can read is refused now, not when its endpoint is deployed."""
+    from cluster.connection import load_token
+    from cluster.serving.auth import read_token
+    from pipelines.endpoint import token_file
+
+    named = Path(config.cluster.token_file).expanduser() if config.cluster.token_file else None
+    own = store.root / "_ray_token"
+    try:
+        if config.cluster.address not in (None, "auto"):
+            load_token(named)
+        elif (named or own).is_file():
+            load_token(named or own)
+    except TokenError as error:
+        yield error
+    try:
+        if config.serve.enabled and token_file(config, store.root).is_file():
+            read_token(token_file(config, store.root))
+    except TokenError as error:
+        yield error
+
+
 def _port(config: PipelineConfig, store: Store) -> Iterator[Exception]:
     """The serve port must be free, or ours already."""
-    import socket
-
     from pipelines.endpoint import served_models, token_file
 
-    if not config.serve.enabled:
+    if not config.serve.enabled or not _answers(config.serve.host, config.serve.port):
         return
-    with socket.socket() as probe:
-        probe.settimeout(1.0)
-        if probe.connect_ex((config.serve.host, config.serve.port)) != 0:
-            return
     path = token_file(config, store.root)
     url = f"http://{config.serve.host}:{config.serve.port}"
     if not path.is_file() or not served_models(url, path.read_text().strip()):
@@ -114,9 +176,16 @@ def _port(config: PipelineConfig, store: Store) -> Iterator[Exception]:
         )
 
 
+def _answers(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((host, port), timeout=PROBE_S):
+            return True
+    except OSError:
+        return False
+
+
 def _layout(config: PipelineConfig) -> Iterator[Exception]:
     """Workers, data and serving must fit together, or training would wait for ever."""
-    from cluster.errors import ResourceError
     from cluster.session import default_num_cpus
 
     if config.cluster.address is not None:
@@ -132,96 +201,60 @@ def _layout(config: PipelineConfig) -> Iterator[Exception]:
         )
 
 
-def disk_bytes(size: ModelSize) -> int:
-    """Shards, packed weights, factors and checkpoints, roughly."""
-    return int(size.dense_bytes + 2 * PACKED_BYTES * size.num_parameters)
+def _address(config: PipelineConfig) -> Iterator[Exception]:
+    from cluster.connection import split_address
+
+    address = config.cluster.address
+    if address in (None, "auto"):
+        return
+    try:
+        host, port = split_address(str(address))
+    except ConnectError as error:
+        yield error
+        return
+    if not _answers(host, port):
+        yield ConnectError(
+            f"cluster.address: nobody answers at {address} within {PROBE_S:g} s. Check the address and that the "
+            "cluster runs; without an address an embedded cluster is started."
+        )
 
 
-def estimates(config: PipelineConfig, size: ModelSize) -> dict[str, Any]:
-    """Rough memory, disk and time per stage."""
-    flops = _flops_per_second()
-    rows = _count_rows(config.data.train)
-    heldout = min(_count_rows(config.data.heldout), config.evaluate.max_rows or 1 << 60)
-    tokens = min(config.data.max_length, 128)
-    steps_rows = rows * config.finetune.epochs
-    if config.finetune.max_steps:
-        steps_rows = min(steps_rows, config.finetune.max_steps * config.finetune.global_batch_size)
-    passes = 2 * (config.decompose.n_iter + 1)
-    rank = (config.decompose.rank or 64) + config.decompose.oversampling
-    n = size.num_parameters
-    return {
-        "disk_bytes": disk_bytes(size),
-        "memory_bytes": {
-            "shard": 2 * 32 * 2**20 + 400 * 2**20,
-            "decompose": 3 * min(size.largest_tensor_bytes, config.decompose.block_bytes) + 400 * 2**20,
-            "quantize": 4 * size.largest_tensor_bytes + 400 * 2**20,
-            "finetune": int(PACKED_BYTES * n + 1.2 * 2**30),
-            "evaluate": 4 * n + int(1.2 * 2**30),
-        },
-        "seconds": {
-            "shard": 10 + size.dense_bytes / 100e6,
-            "decompose": 5 + 2 * n * rank * passes / flops,
-            "quantize": 5 + n / 20e6,
-            "finetune": 30 + 4 * n * tokens * steps_rows / (0.5 * flops),
-            "evaluate": 10 + 4 * 2 * n * tokens * heldout / (0.5 * flops),
-            "register": 10,
-            "serve": 20 if config.serve.enabled else 0,
-        },
-        "assumed": {"tokens_per_row": tokens, "rows": rows, "heldout_rows": heldout, "gflops_per_second": flops / 1e9},
-    }
+def _tracking(config: PipelineConfig, store: Store) -> Iterator[Exception]:
+    from pipelines.tracking import default_uri, probe
 
-
-def _count_rows(source: str) -> int:
-    count = 0
-    for file in data_files(source):
-        if file.suffix == ".parquet":
-            import pyarrow.parquet as pq
-
-            count += int(pq.read_metadata(file).num_rows)
-        else:
-            with file.open("rb") as handle:
-                count += sum(1 for line in handle if line.strip())
-    return count
-
-
-def _flops_per_second() -> float:
-    """Speed of one fp32 matrix product on this machine, in operations per second."""
-    import time
-
-    import numpy as np
-
-    a = np.ones((768, 768), dtype=np.float32)
-    a @ a
-    began = time.perf_counter()
-    for _ in range(4):
-        a @ a
-    return 4 * 2 * 768**3 / (time.perf_counter() - began)
+    try:
+        probe(config.register.tracking_uri or default_uri(store.root), embedded=config.register.tracking_uri is None)
+    except PipelineError as error:
+        yield error
 
 
 def plan(config: PipelineConfig) -> dict[str, Any]:
-    """Stages with keys and what is cached, refusals with reasons, and estimates."""
+    """Stages with keys and what is cached, refusals with reasons, and estimates. Writes nothing but the hash cache."""
     from pipelines.sources import hash_sources
     from pipelines.stages import STAGES
     from pipelines.workflow import run_key, stage_keys
 
     store = Store(Path(config.store.path).resolve())
-    store.root.mkdir(parents=True, exist_ok=True)
-    sources = hash_sources(config, store.root / "_hashes.json")
-    keys = stage_keys(config, sources)
-    problems = list(refusals(config, sources, store))
+    problems = list(missing_sources(config))
+    result: dict[str, Any] = {"name": config.name, "run_key": None, "estimates": None}
+    keys: dict[str, str] = {}
+    if problems:
+        problems += environment_refusals(config, store)
+    else:
+        sources = hash_sources(config, store.root / "_hashes.json")
+        keys = stage_keys(config, sources)
+        found = examine(config, sources.model, store)
+        problems += found.refusals
+        result["run_key"] = run_key(keys)
+        if found.size and found.rows:
+            result["estimates"] = estimates(config, found.size, found.rows)
     stages = []
     for stage in STAGES:
+        cached = False
         try:
-            cached = store.read_manifest(stage.name, keys[stage.name]) is not None
+            cached = bool(keys) and store.read_manifest(stage.name, keys[stage.name]) is not None
         except PipelineError as error:
             problems.append(error)
-            cached = False
-        stages.append({"name": stage.name, "key": keys[stage.name], "cached": cached, "summary": stage.summary})
-    result: dict[str, Any] = {"name": config.name, "run_key": run_key(keys), "stages": stages}
-    result["refusals"] = [str(problem) for problem in problems]
-    result["refusal_errors"] = problems
-    try:
-        result["estimates"] = estimates(config, model_size(sources))
-    except (LowRankError, ClusterError):
-        result["estimates"] = None
-    return result
+        stages.append({"name": stage.name, "key": keys.get(stage.name), "cached": cached, "summary": stage.summary})
+    refused = [str(problem) for problem in problems]
+    return result | {"stages": stages, "refusals": refused, "refusal_errors": problems}

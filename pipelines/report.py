@@ -16,7 +16,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.card import VARIANTS, base_model, judged_by, model_card
+from pipelines.card import (
+    DASH,
+    VARIANTS,
+    base_model,
+    count,
+    judged_by,
+    model_card,
+    number,
+    pair,
+    percent,
+    points,
+    verdict,
+)
 from pipelines.config import PipelineConfig, to_dict
 from pipelines.plots import (
     DEPTH_RAMP,
@@ -42,9 +54,9 @@ if TYPE_CHECKING:
 
 __all__ = ["model_card", "write_plots", "write_report"]
 
-DASH = "–"
 _PACKAGES = ("rankline", "torch", "transformers", "ray", "deepspeed", "bitsandbytes", "mlflow", "numpy")
 _WIDE = (5.2, 2.6)
+_ORDER = ("shard", "decompose", "quantize", "finetune", "evaluate", "register")
 _WEIGHTS = "adapter_model.safetensors"
 
 
@@ -108,57 +120,6 @@ def _view(config: PipelineConfig, summary: Mapping[str, Any], artifacts: Mapping
         "yaml": redact(_yaml(config)),
         "mlflow_uri": redact(str(summary["mlflow"]["uri"])),
     }
-
-
-def verdict(summary: Mapping[str, Any]) -> str:
-    """What training did to loss and accuracy, and whether the gain over always answering alike is more than chance."""
-    losses, accuracy = summary["losses"], summary["accuracy"]
-    text = f"The adapter {_moved('held-out loss', *pair(losses['nf4_init'], losses['adapter']))}"
-    before, after, majority = (accuracy.get(name) for name in ("nf4_init", "adapter", "majority"))
-    if before is None or after is None:
-        return text + "."
-    agree = (losses["adapter"] < losses["nf4_init"]) == (after > before)
-    text += f" {'and' if agree else 'but'} {_moved('accuracy', percent(before), percent(after), before < after)}"
-    text += f" (majority class {percent(majority)})." if majority is not None else "."
-    gain = (summary.get("gains") or {}).get("majority")
-    if gain is None or gain["low"] > 0:
-        return text
-    reading = "lies below" if gain["high"] < 0 else "cannot be told apart from"
-    low, high = points(gain["low"]), points(gain["high"])
-    return f"{text} Its accuracy {reading} that of the majority class (95\u00a0% interval {low} to {high} points)."
-
-
-def _moved(what: str, before: str, after: str, up: bool) -> str:
-    if before == after:
-        return f"leaves {what} at {after}"
-    return f"{'raises' if up else 'lowers'} {what} from {before} to {after}"
-
-
-def pair(before: float, after: float) -> tuple[str, str, bool]:
-    """Two figures to three digits, or to as many as tell them apart; and whether the second is larger."""
-    shown = [(format(before, f".{digits}g"), format(after, f".{digits}g")) for digits in (3, 4, 5, 6)]
-    a, b = next((both for both in shown if both[0] != both[1]), shown[0])
-    return a, b, before < after
-
-
-def number(value: float | None, form: str = ".4f") -> str:
-    """A number, or a dash where there is none."""
-    return DASH if value is None else format(value, form)
-
-
-def percent(value: float | None, digits: int = 1) -> str:
-    """A share as a percentage."""
-    return DASH if value is None else f"{100 * value:.{digits}f}\u00a0%"
-
-
-def points(value: float | None) -> str:
-    """A difference of shares in points, signed."""
-    return DASH if value is None else f"{100 * value:+.1f}".replace("-", "−")
-
-
-def count(value: float | None) -> str:
-    """A whole number with thin spaces between thousands."""
-    return DASH if value is None else f"{value:,.0f}".replace(",", "\u202f")
 
 
 def _size(value: float | None) -> str:
@@ -357,10 +318,12 @@ def _samples(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _stages(summary: Mapping[str, Any], artifacts: Mapping[str, Path]) -> list[dict[str, Any]]:
     """Stages with the nodes that made their units and the keys that went in."""
     rows = []
-    for name, stage in summary["stages"].items():
+    for name, stage in sorted(summary["stages"].items(), key=lambda item: _ORDER.index(item[0])):
         nodes = _json(artifacts, name, "sidecar.json").get("nodes") or []
         inputs = _json(artifacts, name, "manifest.json").get("inputs") or {}
-        rows.append({"name": name, "nodes": [node[:8] for node in nodes], "inputs": list(inputs), **stage})
+        rows.append(
+            {"name": name, "nodes": [node[:8] for node in nodes], "inputs": sorted(inputs, key=_ORDER.index), **stage}
+        )
     return rows
 
 

@@ -7,9 +7,15 @@ from typing import TYPE_CHECKING, Any
 from pipelines.progress import hms
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from pipelines.workflow import RunResult
+
+
+#: Columns from which a table has room for sentences.
+WIDE = 100
 
 
 def size(count: float) -> str:
@@ -22,44 +28,82 @@ def size(count: float) -> str:
 
 
 def _table(title: str, *columns: str) -> Table:
+    """A table whose first column is text and whose others are figures."""
+    from rich import box
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left", header_style="bold")
+    table = Table(title=Text(title), title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
+        # A stage's name, a key or a time is never broken; only sentences may be.
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
     return table
 
 
-def _print(*parts: Any) -> None:
+def _add_sentences(table: Table) -> None:
+    table.add_column("", justify="left", overflow="fold")
+
+
+def _console() -> Console:
     from rich.console import Console
 
-    console = Console(highlight=False, soft_wrap=True)
+    return Console(highlight=False, markup=False)
+
+
+def _print(*parts: Any) -> None:
+    """Tables, and sentences wrapped at words; text is never read as markup (messages hold brackets)."""
+    console = _console()
     for part in parts:
         console.print(part)
 
 
+def _copyable(text: str) -> None:
+    """A line with a path, an address or a command: never broken, however narrow the terminal."""
+    print(text, flush=True)
+
+
+def _marked(style: str, word: str, rest: str) -> Text:
+    from rich.text import Text
+
+    return Text.assemble((word, style), rest)
+
+
 def plan(result: dict[str, Any]) -> None:
     """Stages, refusals and estimates of a plan."""
+    from rich.text import Text
+
     estimate = result["estimates"] or {}
     seconds, memory = estimate.get("seconds", {}), estimate.get("memory_bytes", {})
-    table = _table(
-        f"{result['name']}  (run key {result['run_key']})", "stage", "key", "state", "time ~", "memory ~", ""
-    )
-    table.columns[-1].justify = "left"
+    key = f"  (run key {result['run_key']})" if result["run_key"] else ""
+    table = _table(f"{result['name']}{key}", "stage", "key", "state", "time ~", "memory ~")
+    wide = _console().width >= WIDE
+    if wide:
+        _add_sentences(table)
     for stage in result["stages"]:
         name = stage["name"]
         cost = "" if stage["cached"] or name not in seconds else hms(seconds[name])
         room = "" if stage["cached"] or name not in memory else size(memory[name])
-        state = "[green]cached[/]" if stage["cached"] else "to do"
-        table.add_row(name, stage["key"][:12], state, cost, room, stage["summary"])
-    _print(table)
+        state = Text("cached", "green") if stage["cached"] else Text("to do" if stage["key"] else "?")
+        cells = [name, (stage["key"] or "")[:12], state, cost, room]
+        table.add_row(*cells, *([Text(stage["summary"])] if wide else []))
+    if result["run_key"]:
+        _print(table)
     if estimate:
-        total = sum(seconds[s["name"]] for s in result["stages"] if not s["cached"]) + seconds["serve"]
+        todo = sum(seconds[s["name"]] for s in result["stages"] if not s["cached"]) + seconds["serve"]
         _print(
-            f"about {hms(total)} and {size(estimate['disk_bytes'])} of disk (rough: from sizes and one matrix product)"
+            f"about {hms(todo)} and {size(estimate['disk_bytes'])} of disk; rough: {_assumptions(estimate['assumed'])}"
         )
     for refusal in result["refusals"]:
-        _print(f"[red]refused[/]: {refusal}")
+        _print(_marked("red", "refused: ", refusal))
+
+
+def _assumptions(assumed: dict[str, Any]) -> str:
+    return (
+        f"{assumed['num_parameters'] / 1e6:.0f} M parameters, {assumed['training_rows']} training rows of "
+        f"{assumed['tokens_per_training_row']} tokens and {assumed['heldout_rows']} held-out rows of "
+        f"{assumed['tokens_per_heldout_row']} (bytes / 4), {assumed['gflops_per_second']} GFLOP/s on "
+        f"{assumed['cores']} cores, nothing else running"
+    )
 
 
 def result(outcome: RunResult) -> None:
@@ -79,19 +123,16 @@ def result(outcome: RunResult) -> None:
     if summary["accuracy"]["majority"] is not None:
         quality.add_row("majority class", "", "", _percent(summary["accuracy"]["majority"]), "")
     _print(stages, quality, _sizes(summary))
-    if summary["gains"]:
-        gains = summary["gains"]
-        for other in ("dense", "majority"):
-            g = gains[other]
-            _print(
-                f"adapter over {other}: {100 * g['difference']:+.1f} points (95 % {100 * g['low']:+.1f} to {100 * g['high']:+.1f})"
-            )
+    for other in ("dense", "majority") if summary["gains"] else ():
+        gain = summary["gains"][other]
+        difference, low, high = (100 * gain[name] for name in ("difference", "low", "high"))
+        _print(f"adapter over {other}: {difference:+.1f} points of accuracy (95 % interval {low:+.1f} to {high:+.1f})")
     registered = summary["registered"]
     _print(f"registered {registered['name']} version {registered['version']}: {registered['reason']}")
     if outcome.endpoint:
         endpoint(outcome.endpoint, registered["name"], curl(outcome.endpoint, registered["name"]))
-    _print(f"report    {outcome.directory / 'report.html'}")
-    _print(f"mlflow    {outcome.mlflow_uri}   (rankline ui --store {outcome.directory.parent})")
+    _copyable(f"report    {outcome.directory / 'report.html'}")
+    _copyable(f"mlflow    {outcome.mlflow_uri}   (rankline ui --store {outcome.directory.parent})")
 
 
 def _percent(value: float | None) -> str:
@@ -105,45 +146,46 @@ def _number(value: float | None) -> str:
 def _sizes(summary: dict[str, Any]) -> str:
     facts = {name: stage["facts"] for name, stage in summary["stages"].items()}
     quantize, decompose = facts["quantize"], facts["decompose"]
+    dense, packed, factors = (size(quantize[f"{name}_bytes"]) for name in ("dense", "packed", "factor"))
     return (
-        f"{quantize['num_tensors']} layers: {size(quantize['dense_bytes'])} dense -> {size(quantize['packed_bytes'])} packed "
-        f"+ {size(quantize['factor_bytes'])} factors; mean rank {decompose['mean_rank']:.1f} keeps "
-        f"{100 * decompose['mean_explained_energy']:.1f} % of the energy; mean error {quantize['mean_quantization_error']:.4f} "
-        f"(plain NF4 {quantize['mean_plain_error']:.4f}), {quantize['num_fallback']} fallbacks"
+        f"{quantize['num_tensors']} layers: {dense} dense -> {packed} packed + {factors} factors; "
+        f"mean rank {decompose['mean_rank']:.1f} keeps {100 * decompose['mean_explained_energy']:.1f} % of the energy; "
+        f"mean error {quantize['mean_quantization_error']:.4f} (plain NF4 {quantize['mean_plain_error']:.4f}), "
+        f"{quantize['num_fallback']} fallbacks"
     )
 
 
 def endpoint(deployed: dict[str, Any], name: str, command: str) -> None:
     """Where an endpoint answers, and how to ask it."""
-    _print(f"endpoint  {deployed['url']}  models {', '.join(deployed['model_ids'])}")
-    print(f"try       {command}")
+    _copyable(f"endpoint  {deployed['url']}  models {', '.join(deployed['model_ids'])}")
+    _copyable(f"try       {command}")
 
 
 def status(found: dict[str, Any]) -> None:
     """Runs, stages, cluster and endpoint."""
     for record in found["runs"]:
-        table = _table(f"{record['name']}  {record['status']}", "stage", "key", "state", "units", "time")
+        driver = f" (driver {record['driver']})" if record["driver"] else ""
+        table = _table(f"{record['name']}  {record['status']}{driver}", "stage", "key", "state", "units", "time")
         for stage in record["stages"]:
             seconds = hms(stage["seconds"]) if stage["seconds"] is not None else ""
             table.add_row(stage["name"], stage["key"][:12], stage["state"], str(stage["units"]), seconds)
         _print(table)
         if record.get("error"):
-            _print(f"[red]{record['error']}[/]")
+            _print(_marked("red", "error: ", record["error"]))
     if not found["runs"]:
         _print(f"no runs in {found['store']}")
     cluster = found["cluster"]
-    _print(f"cluster   {cluster['address'] + '  ' + cluster['dashboard_url'] if cluster else 'not running'}")
+    _copyable(f"cluster   {cluster['address'] + '  ' + cluster['dashboard_url'] if cluster else 'not running'}")
     for point in found["endpoints"]:
-        _print(
-            f"endpoint  {point['url']}  {'serving ' + ', '.join(point['models']) if point['models'] else 'not answering'}"
-        )
+        answer = f"serving {', '.join(point['models'])}" if point["models"] else "not answering"
+        _copyable(f"endpoint  {point['url']}  {answer}")
 
 
 def methods(found: dict[str, list[dict[str, str]]]) -> None:
     """What can be chosen."""
     for section, rows in found.items():
-        table = _table(section, "name", "")
-        table.columns[-1].justify = "left"
+        table = _table(section, "name")
+        _add_sentences(table)
         for row in rows:
             table.add_row(row["name"], row["summary"])
         _print(table)
@@ -152,7 +194,9 @@ def methods(found: dict[str, list[dict[str, str]]]) -> None:
 def doctor(found: list[dict[str, str]]) -> None:
     """Findings with remedies."""
     colours = {"ok": "green", "warn": "yellow", "fail": "red"}
+    console = _console()
     for check in found:
-        _print(f"[{colours[check['state']]}]{check['state']:<5}[/] {check['name']:<16} {check['finding']}")
+        line = _marked(colours[check["state"]], f"{check['state']:<5}", f" {check['name']:<14} {check['finding']}")
+        console.print(line, soft_wrap=True)
         if check["remedy"]:
-            _print(f"      {'':<16} -> {check['remedy']}")
+            console.print(f"{'':<20} -> {check['remedy']}", soft_wrap=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cluster.durable import canonical, sha256_bytes, sha256_file, write_json
 from cluster.errors import DataError, ModelError
+from lowrank.headers import TensorHeader, gguf_headers, safetensors_files, safetensors_headers
 from pipelines.config import ModelConfig, PipelineConfig
 
 if TYPE_CHECKING:
@@ -49,12 +50,22 @@ class ModelFiles:
 
         return SafetensorsCheckpoint(self.path)
 
+    def headers(self) -> list[TensorHeader]:
+        """Names and shapes of the tensors, from headers alone.
+
+        Raises:
+            CheckpointError: a file is damaged, truncated or refused.
+        """
+        if self.kind == "gguf":
+            return gguf_headers(self.path)
+        return [header for file in safetensors_files(self.path) for header in safetensors_headers(file)]
+
     def files(self) -> list[Path]:
         """Every file that decides the result of `shard`."""
         if self.kind == "gguf":
             found = [self.path]
         else:
-            found = [*self.checkpoint().files(), *meta_files(self.path)]
+            found = [*safetensors_files(self.path), *meta_files(self.path)]
         return found + (meta_files(self.tokenizer) if self.tokenizer else [])
 
 

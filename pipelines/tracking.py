@@ -10,16 +10,79 @@ from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
+from urllib.parse import unquote, urlsplit
 
 from pipelines.errors import TrackingError
+
+#: Seconds to wait for another writer of the embedded database.
+LOCK_WAIT_S = 5.0
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
+#: What MLflow's page shows as the source of a run.
+_SOURCE = {"mlflow.source.name": "rankline run", "mlflow.source.type": "LOCAL"}
+
+
 def default_uri(store: Path) -> str:
     """The embedded sqlite database of a store."""
     return f"sqlite:///{(store / '_mlflow' / 'mlflow.db').resolve()}"
+
+
+def probe(uri: str, embedded: bool) -> None:
+    """See in seconds, without MLflow, whether a tracking store can be used; what cannot be told passes.
+
+    Args:
+        uri: Tracking URI.
+        embedded: Whether the store is ours to make.
+
+    Raises:
+        TrackingError: locked, damaged, absent, not answering, or of a kind that MLflow no longer has.
+    """
+    parts = urlsplit(uri)
+    if parts.scheme in ("http", "https"):
+        _probe_server(uri, parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
+    elif parts.scheme == "sqlite":
+        _probe_sqlite(uri, Path(unquote(parts.path)[1:]), embedded)
+    elif parts.scheme in ("", "file"):
+        raise TrackingError(
+            f"register.tracking_uri: {uri!r} is a directory, and MLflow's file store is gone since 3.13. Allowed are "
+            "sqlite:////absolute/path.db, a database URI, http(s)://HOST:PORT, or null for a database in the store."
+        )
+
+
+def _probe_server(uri: str, host: str, port: int) -> None:
+    import socket
+
+    try:
+        socket.create_connection((host, port), timeout=3.0).close()
+    except OSError as error:
+        raise TrackingError(
+            f"register.tracking_uri: no MLflow server answers at {uri} ({error}). Start it, or set "
+            "register.tracking_uri to null for a database in the store."
+        ) from error
+
+
+def _probe_sqlite(uri: str, path: Path, embedded: bool) -> None:
+    import sqlite3
+
+    if not embedded and not path.parent.is_dir():
+        raise TrackingError(
+            f"register.tracking_uri: {uri}: the directory {path.parent} does not exist. Make it, or set "
+            "register.tracking_uri to null for a database in the store."
+        )
+    if not path.is_file():
+        return
+    try:
+        with contextlib.closing(sqlite3.connect(path, timeout=LOCK_WAIT_S, isolation_level=None)) as database:
+            database.execute("BEGIN IMMEDIATE")
+            database.execute("ROLLBACK")
+    except sqlite3.Error as error:
+        raise TrackingError(
+            f"MLflow's database {path}: {error}. End the program that holds it (`rankline ui` and other runs hold it "
+            "for moments only), check that it may be written, or restore the file; then run again."
+        ) from error
 
 
 def _mapped(method: Callable[P, R]) -> Callable[P, R]:
@@ -35,8 +98,8 @@ def _mapped(method: Callable[P, R]) -> Callable[P, R]:
         except (MlflowException, SQLAlchemyError, OSError) as error:
             text = " ".join(str(error).split())[:300]
             raise TrackingError(
-                f"MLflow: {method.__name__}: {text}. Check register.tracking_uri, that no other program holds the database "
-                "locked, and the disk; then run again."
+                f"MLflow: {method.__name__.strip('_')}: {text}. Check register.tracking_uri, that no other program "
+                "holds the database locked, and the disk; then run again."
             ) from error
 
     return call
@@ -73,14 +136,18 @@ class Tracker:
     def _open(self, embedded: bool, experiment: str) -> None:
         import logging
 
-        # Alembic prints each of some fifty migrations of a new database.
-        logging.getLogger("alembic").setLevel(logging.WARNING)
         from mlflow import MlflowClient
+
+        # They print each of some fifty migrations of a new database.
+        for name in ("alembic", "mlflow.store.db.utils"):
+            logging.getLogger(name).setLevel(logging.WARNING)
 
         self._client: Any = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
         found = self._client.get_experiment_by_name(experiment)
         location = (self._store / "_mlflow" / "artifacts").as_uri() if embedded else None
-        self._experiment = found.experiment_id if found else self._client.create_experiment(experiment, location)
+        # Without the tag MLflow's page takes the experiment for one of prompts and traces.
+        kind = {"mlflow.experimentKind": "custom_model_development"}
+        self._experiment = found.experiment_id if found else self._client.create_experiment(experiment, location, kind)
 
     @_mapped
     def begin(self, name: str, params: Mapping[str, Any], tags: Mapping[str, str], run_id: str | None) -> str:
@@ -89,7 +156,7 @@ class Tracker:
             self._client.update_run(run_id, status="RUNNING")
             self.parent = run_id
         else:
-            run = self._client.create_run(self._experiment, run_name=name, tags=dict(tags))
+            run = self._client.create_run(self._experiment, run_name=name, tags={**_SOURCE, **tags})
             self.parent = run.info.run_id
             self._log_params(self.parent, params)
         self._current = self.parent
@@ -119,7 +186,7 @@ class Tracker:
 
     @_mapped
     def _begin_stage(self, name: str, key: str, params: Mapping[str, Any]) -> str:
-        tags = {"mlflow.parentRunId": self.parent, "rankline.stage": name, "rankline.key": key}
+        tags = _SOURCE | {"mlflow.parentRunId": self.parent, "rankline.stage": name, "rankline.key": key}
         found = self._client.search_runs(
             [self._experiment],
             f"tags.`rankline.key` = '{key}' and tags.`mlflow.parentRunId` = '{self.parent}'",
@@ -136,7 +203,7 @@ class Tracker:
     def _log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
 
-        flat = [Param(key, str(value)[:500]) for key, value in flatten(params).items()]
+        flat = [Param(key, str(value)[:500]) for key, value in flatten(params).items() if value not in (None, {}, [])]
         for start in range(0, len(flat), 100):
             self._client.log_batch(run_id, params=flat[start : start + 100])
 
@@ -187,7 +254,9 @@ class Tracker:
         if version is None:
             self._client.log_artifacts(self._current, str(directory), "model")
             uri = f"{self._client.get_run(self._current).info.artifact_uri}/model"
-            version = self._client.create_model_version(name, uri, self._current, tags=dict(tags))
+            version = self._client.create_model_version(
+                name, uri, self._current, tags=dict(tags), description=_description(directory / "README.md")
+            )
         reason = self._move(name, str(version.version), alias, better)
         fresh = self._client.get_model_version(name, version.version)
         return RegisteredVersion(
@@ -237,6 +306,16 @@ class Tracker:
             found.rename(target)
             shutil.rmtree(temporary, ignore_errors=True)
         return target
+
+
+def _description(card: Path) -> str | None:
+    """The text of a model card without its YAML head, for the version's page."""
+    if not card.is_file():
+        return None
+    text = card.read_text()
+    if text.startswith("---\n"):
+        text = text.partition("\n---\n")[2] or text
+    return text.strip()[:5000]
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -27,7 +27,7 @@ from pipelines.progress import ProgressBoard, StageProgress, hms
 from pipelines.sources import Sources, hash_sources
 from pipelines.stages import STAGES
 from pipelines.stages.base import Context, Stage
-from pipelines.tracking import Tracker
+from pipelines.tracking import Tracker, flatten
 
 
 @dataclass(frozen=True)
@@ -166,8 +166,8 @@ class Line:
         with self.tracker.stage(stage.name, key, stage.settings(self.config, self.sources)):
             manifest = self._execute(stage, store, progress)
             sidecar = self._sidecar(stage, manifest, store, time.time() - began)
-            numbers = {"seconds": sidecar["seconds"], "peak_rss_bytes": float(sidecar["peak_rss_bytes"])}
-            facts = {k: float(v) for k, v in manifest.facts.items() if isinstance(v, int | float)}
+            numbers = {"stage_seconds": sidecar["seconds"], "stage_peak_rss_bytes": float(sidecar["peak_rss_bytes"])}
+            facts = {k: float(v) for k, v in flatten(manifest.facts).items() if isinstance(v, int | float)}
             self.tracker.log(numbers | facts)
         done = _commits(store) - before
         progress.finish(f"{hms(time.time() - began)}  {len(manifest.files)} units, {done} made now")
@@ -188,6 +188,7 @@ class Line:
             progress=progress,
             tracker=self.tracker,
             use_ray=True,
+            stopping=lambda: self.stop_requested,
         )
         outcome = stage.run(context)
         return self.store.seal(

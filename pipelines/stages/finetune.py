@@ -18,6 +18,7 @@ from cluster.config import FinetuneConfig
 from cluster.model import ModelSource
 from lowrank.config import AdapterConfig
 from pipelines.config import PipelineConfig, result_fields
+from pipelines.errors import Interrupted
 from pipelines.sources import Sources
 from pipelines.stages.base import Context, Outcome, Stage
 
@@ -92,12 +93,13 @@ def _prepare(ctx: Context) -> tuple[Path, Path | None]:
 def _total_steps(config: FinetuneConfig, tokens: Path) -> int:
     import pyarrow.parquet as pq
 
-    steps = -(-pq.read_metadata(tokens).num_rows // config.global_batch_size) * config.epochs
+    steps: int = -(-pq.read_metadata(tokens).num_rows // config.global_batch_size) * config.epochs
     return min(steps, config.max_steps or steps)
 
 
 def _reporter(ctx: Context, total: int) -> Callable[[dict[str, Any]], None]:
-    """Forward every step to the progress bar and to the tracking server."""
+    """Forward every step to the progress bar and to the tracking server; stop at a checkpoint when asked to."""
+    every = ctx.config.finetune.checkpoint_every
 
     def report(line: dict[str, Any]) -> None:
         step = int(line["step"])
@@ -105,6 +107,8 @@ def _reporter(ctx: Context, total: int) -> Callable[[dict[str, Any]], None]:
         ctx.progress.advance(0, f"loss {line['loss']:.4f}" if "loss" in line else "")
         numbers = {k: float(v) for k, v in line.items() if isinstance(v, int | float) and k not in ("step", "time")}
         ctx.tracker.log(numbers, step)
+        if ctx.stopping() and step % every == 0 and step < total:
+            raise Interrupted(f"stopped at step {step} of {total}; its checkpoint stays.")
 
     return report
 

@@ -173,7 +173,7 @@ def plan_shards(tensors: list[Rows], shard_bytes: int) -> list[list[Rows]]:
         start = rows.start
         while start < rows.stop:
             fit = min(rows.stop - start, room // max(_row_bytes(rows), 1))
-            if fit == 0 and shards[-1]:
+            if fit <= 0 and shards[-1]:
                 shards.append([])
                 room = capacity
                 continue

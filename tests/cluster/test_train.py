@@ -19,7 +19,7 @@ from tiny import make_tiny, make_tokens
 from cluster.batches import Plan, collate, learning_rate
 from cluster.config import FinetuneConfig
 from cluster.errors import ResourceError, TrainError
-from cluster.metrics import read_metrics, steps_redone
+from cluster.metrics import all_lines, read_metrics, steps_redone
 from cluster.model import ModelSource, build_adapted
 from cluster.tokens import TokenTable
 from cluster.train_job import ADAPTER_UNIT, STOP_FILE, Place, TrainJob
@@ -290,8 +290,8 @@ def test_a_killed_worker_is_replaced_and_the_curve_does_not_show_it(
     seen: list[int] = []
 
     def kill_once(line: dict[str, Any]) -> None:
-        seen.append(line["step"])
-        if len(seen) == 1:
+        if line["step"] > job.config.checkpoint_every and not seen:
+            seen.append(line["step"])
             victims = [entry["pid"] for entry in job.store.ledger() if entry["event"] == "rank" and entry["rank"] == 1]
             os.kill(victims[-1], signal.SIGKILL)
 
@@ -300,6 +300,7 @@ def test_a_killed_worker_is_replaced_and_the_curve_does_not_show_it(
     assert outcome.world_size == 2
     assert outcome.global_step == len(losses_of(job)) == 36
     assert outcome.steps_redone <= job.config.checkpoint_every
+    assert [line["step"] for line in all_lines(job.root) if line["event"] == "resume"][1] >= 4
     pids = {entry["pid"] for entry in job.store.ledger() if entry["event"] == "rank"}
     assert len(pids) == 4
     assert json.loads((outcome.path / "adapter_config.json").read_text())["rankline"] == job.base_facts

@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from pipelines.card import code, table
+from pipelines.card import code, pair, table, verdict
 from pipelines.config import PipelineConfig, parse
 from pipelines.plots import by_kind, layer_kinds, read_layers
-from pipelines.report import model_card, pair, redact, verdict, write_plots, write_report
+from pipelines.report import model_card, redact, write_plots, write_report
 
 VARIANTS = ("dense", "nf4", "nf4_init", "adapter")
 STAGES = ("shard", "decompose", "quantize", "finetune", "evaluate", "register")

@@ -1,0 +1,180 @@
+"""Names and shapes of a checkpoint's tensors, read from file headers alone: no torch, no weights, milliseconds.
+
+`rankline plan` and the hashing of sources use it; `lowrank.checkpoint` reads the weights on top of it.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from lowrank.errors import CheckpointError
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_CONVERT = (
+    'python -c "from transformers import AutoModelForCausalLM as M; '
+    "M.from_pretrained('DIR').save_pretrained('DIR-safetensors')\" (only for a file that you trust)"
+)
+#: Longest header that is believed; the largest models have a few MB.
+_MAX_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """One tensor as its file describes it; `dtype` by its safetensors name, (begin, end) within the data."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+def safetensors_files(path: Path) -> list[Path]:
+    """The weight files of a `.safetensors` file or of a Hugging Face directory.
+
+    Raises:
+        CheckpointError: nothing readable there, a pickle, or a missing part.
+    """
+    if path.is_file():
+        if path.suffix in _PICKLES:
+            raise CheckpointError(
+                f"read {path}: a pickle checkpoint can run code and is refused. Convert it: {_CONVERT}"
+            )
+        return [path]
+    if not path.is_dir():
+        raise CheckpointError(f"read checkpoint {path}: there is no such file or directory. Check model.source.")
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        return _indexed_files(index)
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        pickles = [p.name for p in sorted(path.iterdir()) if p.suffix in _PICKLES]
+        hint = f"found pickles {pickles[:3]}, which are refused. Convert them: {_CONVERT}" if pickles else "found none."
+        raise CheckpointError(f"read checkpoint {path}: no *.safetensors file; {hint}")
+    return files
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"read {index}: not a safetensors index ({error}). Download the checkpoint again."
+        ) from error
+    files = [index.parent / Path(name).name for name in names]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise CheckpointError(
+            f"read {index}: parts {missing[:3]} are missing ({len(missing)} of {len(files)}). Copy them."
+        )
+    return files
+
+
+def safetensors_headers(file: Path) -> list[TensorHeader]:
+    """The tensors of one safetensors file, its length checked against its header.
+
+    Raises:
+        CheckpointError: truncated or damaged.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as handle:
+            (length,) = struct.unpack("<Q", handle.read(8))
+            if length > min(size, _MAX_HEADER):
+                raise ValueError(f"header of {length} bytes in a file of {size}")
+            header = json.loads(handle.read(length))
+        header.pop("__metadata__", None)
+        found = [_header(name, entry) for name, entry in header.items()]
+    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"read {file}: damaged safetensors header ({error}). Copy the file again.") from error
+    end = 8 + length + max((tensor.end for tensor in found), default=0)
+    if end != size:
+        raise CheckpointError(f"read {file}: {size} bytes, but its header describes {end}. Copy the file again.")
+    return found
+
+
+def _header(name: str, entry: dict[str, Any]) -> TensorHeader:
+    begin, end = entry["data_offsets"]
+    return TensorHeader(name, str(entry["dtype"]), tuple(entry["shape"]), int(begin), int(end))
+
+
+#: GGUF architecture -> (Hugging Face model_type, class, whether q and k rows are interleaved).
+GGUF_ARCHITECTURES = {"llama": ("llama", "LlamaForCausalLM", True), "qwen2": ("qwen2", "Qwen2ForCausalLM", False)}
+#: struct codes of GGUF's scalar metadata types; 8 is a string, 9 an array.
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+
+
+def gguf_headers(file: Path) -> list[TensorHeader]:
+    """The tensors of a GGUF file under their GGUF names; sizes are those of the dequantized fp32 tensors.
+
+    Raises:
+        CheckpointError: not a GGUF file, or cut off within its header or before its last tensor,
+            or an architecture that `lowrank.gguf` does not read.
+    """
+    try:
+        with file.open("rb") as handle:
+            if handle.read(4) != b"GGUF":
+                raise ValueError("it does not begin with 'GGUF'")
+            _version, num_tensors, num_fields = _unpack(handle, "IQQ")
+            fields = dict(_field(handle) for _ in range(num_fields))
+            tensors = [_gguf_tensor(handle) for _ in range(num_tensors)]
+            data = handle.tell()
+        last = max((tensor.begin for tensor in tensors), default=0)
+        if data + last >= file.stat().st_size:
+            raise ValueError(f"{file.stat().st_size} bytes, its last tensor begins at {data + last}")
+    except (OSError, ValueError, struct.error, KeyError, MemoryError) as error:
+        raise CheckpointError(f"read GGUF {file}: damaged or truncated ({error}). Download it again.") from error
+    architecture = str(fields.get("general.architecture"))
+    if architecture not in GGUF_ARCHITECTURES:
+        raise CheckpointError(
+            f"read GGUF {file}: architecture {architecture!r}; allowed are {sorted(GGUF_ARCHITECTURES)}. "
+            "Convert the model to a Hugging Face directory with safetensors."
+        )
+    return tensors
+
+
+def _unpack(handle: BinaryIO, codes: str) -> tuple[Any, ...]:
+    layout = struct.Struct("<" + codes)
+    return layout.unpack(handle.read(layout.size))
+
+
+def _string(handle: BinaryIO) -> str:
+    (length,) = _unpack(handle, "Q")
+    if length > _MAX_HEADER:
+        raise ValueError(f"a name of {length} bytes")
+    return handle.read(length).decode("utf-8", "replace")
+
+
+def _field(handle: BinaryIO) -> tuple[str, Any]:
+    name = _string(handle)
+    (kind,) = _unpack(handle, "I")
+    if kind != 9:
+        return name, _string(handle) if kind == 8 else _unpack(handle, _SCALARS[kind])[0]
+    item, count = _unpack(handle, "IQ")
+    if item == 8:
+        for _ in range(count):
+            _string(handle)
+    else:
+        handle.seek(count * struct.calcsize("<" + _SCALARS[item]), 1)
+    return name, None  # vocabularies: nothing here needs them
+
+
+def _gguf_tensor(handle: BinaryIO) -> TensorHeader:
+    name = _string(handle)
+    (dimensions,) = _unpack(handle, "I")
+    shape = tuple(int(size) for size in reversed(_unpack(handle, "Q" * dimensions)))
+    _kind, offset = _unpack(handle, "IQ")
+    tensor = TensorHeader(name, "F32", shape, offset, offset)
+    return TensorHeader(name, "F32", shape, offset, offset + 4 * tensor.numel)

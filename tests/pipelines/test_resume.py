@@ -1,0 +1,213 @@
+"""Killed anywhere, the line goes on: committed units are never made again, and the results are those of a quiet run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lines import (
+    EXACT,
+    MAX_IN_FLIGHT,
+    Driver,
+    assert_nothing_done_twice,
+    events,
+    is_finished,
+    run_serially,
+    stage_units,
+    store_of,
+    tiny_pipeline,
+    unit_hashes,
+    with_changes,
+)
+from safetensors.torch import load_file
+
+from cluster.metrics import steps_redone
+from lowrank.errors import CheckpointError
+from pipelines import PipelineConfig, run
+from pipelines.errors import ArtifactError, Interrupted, LeaseError, exit_code
+from pipelines.lease import holder, lease
+from pipelines.workflow import read_record
+
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(600)]
+
+#: stage -> (ledger event, unit) that a driver is killed upon.
+KILLS = {
+    "shard": ("start", "shard-"),
+    "decompose": ("commit", ""),
+    "quantize": ("start", ""),
+    "finetune": ("commit", "step-"),
+    "evaluate": ("start", "nf4-"),
+    "register": ("start", "bundle"),
+}
+STAGES = list(KILLS)
+
+
+def killed_in(config: PipelineConfig, stage: str) -> None:
+    """Start a driver, and SIGKILL it in the middle of a stage."""
+    driver = Driver(config)
+    driver.until(driver.logged(stage, *KILLS[stage]))
+    driver.kill()
+    assert not is_finished(config, stage), f"the kill came after {stage}"
+    record = read_record(store_of(config).run_dir(config.name))
+    assert record["status"] == "RUNNING"
+
+
+def assert_resumed(config: PipelineConfig, whole: Any, kills: dict[str, int]) -> None:
+    """Everything is there, made once but for what was in flight, and equal to the uninterrupted run."""
+    for stage in STAGES:
+        assert assert_nothing_done_twice(config, stage) <= kills.get(stage, 0) * MAX_IN_FLIGHT, stage
+        if stage != "finetune":
+            assert set(events(config, stage, "commit")) == set(unit_hashes(config, stage)), stage
+    for stage in EXACT:
+        assert unit_hashes(config, stage) == unit_hashes(whole.config, stage), stage
+    root = stage_units(config, "finetune").root
+    assert steps_redone(root) <= kills.get("finetune", 0) * config.finetune.checkpoint_every
+    file = "units/adapter/adapter_model.safetensors"
+    ours, theirs = load_file(root / file), load_file(stage_units(whole.config, "finetune").root / file)
+    assert set(ours) == set(theirs)
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], atol=1e-4, rtol=0)
+    summary = json.loads((store_of(config).run_dir(config.name) / "summary.json").read_text())
+    assert summary["losses"] == pytest.approx(whole.result.summary["losses"], abs=1e-4)
+
+
+def test_killed_in_decompose_and_finetune_it_goes_on(whole_line: Any, tmp_path: Path) -> None:
+    config = with_changes(whole_line.config, store={"path": str(tmp_path / "store")})
+    killed_in(config, "decompose")
+    killed_in(config, "finetune")
+    driver = Driver(config, "--json")
+    driver.until(driver.logged("finetune", "rank"))
+    with pytest.raises(LeaseError, match=rf"driver {driver.process.pid} on .* is at it") as got:
+        run(config, quiet=True)
+    assert exit_code(got.value) == 4
+    assert driver.wait() == 0, driver.text()
+    assert_resumed(config, whole_line, {"decompose": 1, "finetune": 1})
+    assert holder(store_of(config).run_dir(config.name) / "lease.json") is None
+
+
+@pytest.mark.slow
+def test_killed_in_each_stage_it_goes_on(whole_line: Any, tmp_path: Path) -> None:
+    config = with_changes(whole_line.config, store={"path": str(tmp_path / "store")})
+    for stage in STAGES:
+        killed_in(config, stage)
+    driver = Driver(config)
+    assert driver.wait() == 0, driver.text()
+    assert_resumed(config, whole_line, dict.fromkeys(STAGES, 1))
+    assert "units" in driver.text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["decompose", "finetune", "evaluate"])
+def test_ctrl_c_ends_what_is_in_flight(whole_line: Any, tmp_path: Path, stage: str) -> None:
+    config = with_changes(whole_line.config, store={"path": str(tmp_path / "store")}, finetune={"checkpoint_every": 1})
+    driver = Driver(config)
+    driver.until(driver.logged(stage, *KILLS[stage]))
+    driver.process.send_signal(signal.SIGINT)
+    assert driver.wait() == 130, driver.text()
+    assert "Traceback" not in driver.text()
+    assert "Go on with: rankline run " in driver.text()
+    assert not is_finished(config, stage)
+    assert events(config, stage, "start") == events(config, stage, "commit")
+    again = Driver(config)
+    assert again.wait() == 0, again.text()
+    assert_resumed(config, whole_line, {})
+
+
+def test_the_first_interrupt_ends_what_is_in_flight(ray_head: Any, tmp_path: Path) -> None:
+    config = tiny_pipeline(tmp_path, ray_head, shard={"shard_bytes": 1024}, cluster={"max_in_flight": 1})
+    root = store_of(config).root / "_artifacts" / "shard"
+
+    def interrupt() -> None:
+        while not list(root.glob("*/units/shard-*")):
+            time.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt, daemon=True)
+    thread.start()
+    with pytest.raises(Interrupted, match=r"stopped with \d+ of \d+ units done; what is committed stays") as got:
+        run(config, quiet=True)
+    thread.join()
+    assert exit_code(got.value) == 130
+    assert not is_finished(config, "shard")
+    started = events(config, "shard", "start")
+    assert 0 < len(started) < 30
+    assert started == events(config, "shard", "commit")
+    assert read_record(store_of(config).run_dir("tiny"))["status"] == "INTERRUPTED"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_lease_of_a_dead_driver_is_taken_over_and_a_live_one_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "lease.json"
+    code = "import sys, os\nfrom pathlib import Path\nfrom pipelines.lease import lease\n"
+    code += "with lease(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(LeaseError, match=rf"run run: driver {other.pid} on .* is at it"), lease(path):
+            pass
+        other.kill()
+    assert path.exists()
+    with lease(path) as token:
+        assert (holder(path) or {})["token"] == token
+        assert (holder(path) or {})["pid"] == os.getpid()
+    assert list(path.parent.iterdir()) == []
+
+
+def test_a_lease_of_another_process_with_the_same_pid_is_stale_and_one_of_another_host_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "lease.json"
+    with lease(path):
+        record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"started": record["started"] - 5.0}))
+    with lease(path):
+        pass
+    path.write_text(json.dumps(record | {"host": "elsewhere"}))
+    with pytest.raises(LeaseError, match=r"on elsewhere is at it.*delete .*lease\.json"), lease(path):
+        pass
+    assert json.loads(path.read_text())["host"] == "elsewhere"
+
+
+def flip(path: Path, offset: int = -1) -> None:
+    """Damage one byte."""
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+
+def test_damage_is_found_and_named(tmp_path: Path) -> None:
+    config = tiny_pipeline(tmp_path, None)
+    shard = run_serially(config, "shard")["shard"]
+    store = stage_units(config, "shard")
+    file = store.path("shard-00001") / "shard.safetensors"
+    flip(file)
+    with pytest.raises(ValueError, match=r"shard-00001/shard\.safetensors is damaged: its sha256 does not match"):
+        store.read("shard-00001", verify=True)
+    (shard / "manifest.json").unlink()  # not finished yet: finishing it reads every byte
+    with pytest.raises(ArtifactError, match=r"^finish shard: .*shard-00001/shard\.safetensors is damaged") as got:
+        run_serially(config, "shard")
+    assert exit_code(got.value) == 3
+    store.discard("shard-00001")
+    run_serially(config, "shard")
+    assert events(config, "shard", "commit")["shard-00001"] == 2
+    assert sum(events(config, "shard", "commit").values()) == len(unit_hashes(config, "shard")) + 1
+    file.write_bytes(file.read_bytes()[:-64])
+    with pytest.raises(CheckpointError, match=r"shard-00001/shard\.safetensors") as cut:
+        run_serially(config, "decompose")
+    assert exit_code(cut.value) == 3
+    flip(store.path("index") / "unit.json", 20)
+    with pytest.raises(ValueError, match=r"index/unit\.json is damaged"):
+        store.read("index")
+    text = (shard / "manifest.json").read_text()
+    (shard / "manifest.json").write_text(text.replace('"shard-00000": "', '"shard-00000": "0'))
+    with pytest.raises(ArtifactError, match=r"manifest\.json: its own hash does not match. Delete .* and run again"):
+        store_of(config).read_manifest("shard", shard.name)
