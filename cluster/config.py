@@ -31,7 +31,7 @@ class DataConfig:
     heldout: Annotated[str, EXECUTION]
     """Held-out rows; a row that also stands in `train` is refused."""
     format: Literal["auto", "chat", "completion", "text"] = "auto"
-    """`chat` (`messages`), `completion` (`prompt`, `completion`), `text` (`text`), or `auto` by the first row's fields."""
+    """`chat` (`messages`), `completion` (`prompt`, `completion`), `text`, or `auto` by the first row's fields."""
     max_length: Annotated[int, Ge(2)] = 512
     """Longest row in tokens. A longer prompt loses its beginning, never its answer; an answer too long is refused."""
     labels: list[str] | None = None

@@ -164,12 +164,14 @@ class UnitStore:
             handle.write(json.dumps(line) + "\n")
 
     def ledger(self) -> Iterator[dict[str, Any]]:
-        """Every line of every process's ledger, by time; a torn last line is passed over."""
+        """Every line of every process's ledger, by time; torn lines are passed over."""
         lines = []
         for file in sorted((self.root / "ledger").glob("*.jsonl")):
-            for text in file.read_text().splitlines():
+            for text in file.read_bytes().splitlines():
                 with contextlib.suppress(ValueError):
-                    lines.append(json.loads(text))
+                    line = json.loads(text)
+                    if isinstance(line, dict) and "time" in line:
+                        lines.append(line)
         return iter(sorted(lines, key=lambda line: float(line["time"])))
 
 

@@ -70,7 +70,13 @@ def read_rows(tokens: Path, start: int, stop: int | None) -> list[Row]:
 @lru_cache(maxsize=1)
 def _model(source: ModelSource, variant: Variant, dtype: str, device: str) -> PreTrainedModel:
     """The model of a variant, kept by the worker for its next unit of the same variant."""
-    return build_variant(source, variant, compute_dtype(dtype, device)).to(device)
+    from cluster.unpack import unpack_if_room
+
+    computed = compute_dtype(dtype, device)
+    model = build_variant(source, variant, computed).to(device)
+    if device == "cpu":
+        unpack_if_room(model, computed)
+    return model
 
 
 def score(job: ScoreJob) -> list[dict[str, Any]]:

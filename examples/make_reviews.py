@@ -12,7 +12,8 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-QUESTION = "Is this review five stars? Answer yes or no."
+SYSTEM = "Answer yes or no."
+QUESTION = "Is this review five stars?"
 
 
 def rows(frame: object, count: int, seed: int, words: int, seen: set[str]) -> Iterable[dict[str, object]]:
@@ -24,8 +25,8 @@ def rows(frame: object, count: int, seed: int, words: int, seen: set[str]) -> It
             continue
         seen.add(text)
         answer = "yes" if score == "great" else "no"
-        user = {"role": "user", "content": f"{QUESTION}\n\n{text}"}
-        yield {"messages": [user, {"role": "assistant", "content": answer}]}
+        system, user = {"role": "system", "content": SYSTEM}, {"role": "user", "content": f"{text}\n{QUESTION}"}
+        yield {"messages": [system, user, {"role": "assistant", "content": answer}]}
         if len(seen) - start == count:
             return
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 import stat
 import sys
 import uuid
 from collections.abc import Callable, Iterator
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 PACKAGES = ("torch", "ray", "deepspeed", "transformers", "bitsandbytes", "mlflow", "pyarrow", "safetensors")
@@ -43,20 +45,31 @@ def _packages(_store: Path) -> Iterator[Check]:
 
 
 def _device(_store: Path) -> Iterator[Check]:
+    cuda = _torch_cuda()
+    if cuda is None:  # no GPU can be used, so torch itself (seconds to import) is not asked
+        yield _check("torch build", "ok", "CPU build")
+        yield _check("gpu", "ok", f"none; compute in float32 on {os.cpu_count()} cores")
+        return
     import torch
 
     from cluster.model import compute_dtype
 
-    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
-    yield _check("torch build", "ok", f"{build} build, CPU capability {torch.backends.cpu.get_cpu_capability()}")
+    yield _check("torch build", "ok", f"GPU build ({cuda})")
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name(0)
         yield _check("gpu", "ok", f"{torch.cuda.device_count()} x {name}; compute in {compute_dtype('auto', 'cuda')}")
-    elif torch.version.cuda:
-        remedy = "Check the driver with nvidia-smi, or install the CPU build (README, Install)."
-        yield _check("gpu", "warn", "CUDA build of torch, but no GPU is visible", remedy)
     else:
-        yield _check("gpu", "ok", f"none; compute in {compute_dtype('auto', 'cpu')} on {os.cpu_count()} cores")
+        remedy = "Check the driver with nvidia-smi, or install the CPU build (README, Install)."
+        yield _check("gpu", "warn", "GPU build of torch, but no GPU is visible", remedy)
+
+
+def _torch_cuda() -> str | None:
+    """The CUDA (or ROCm) version that torch was built for, from its one generated file; None is a CPU build."""
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("torch is not installed")
+    names = runpy.run_path(str(Path(spec.origin).with_name("version.py")))
+    return names.get("cuda") or names.get("hip")
 
 
 def _memory(_store: Path) -> Iterator[Check]:

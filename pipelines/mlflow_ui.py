@@ -9,6 +9,7 @@ import contextlib
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -42,11 +43,22 @@ def serve(store: Path, port: int, ready: Callable[[str], None]) -> int:
             raise PortError(f"ui: port {port} is in use. Give another one with --port.")
     with tempfile.TemporaryFile() as log, _group(_command(store, port), log) as process:
         _wait_until_up(process, port, log)
-        ready(f"http://127.0.0.1:{port}")
+        ready(f"http://127.0.0.1:{port}/{_runs_page(database)}")
         with contextlib.suppress(KeyboardInterrupt):
             process.wait()
             raise TrackingError(f"ui: MLflow's server ended by itself:\n{_tail(log)}")
     return 0
+
+
+def _runs_page(database: Path) -> str:
+    """The page of the newest experiment's runs; MLflow opens on one for prompts and traces otherwise."""
+    query = "select experiment_id from experiments order by last_update_time desc, experiment_id desc limit 1"
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
+            (experiment,) = connection.execute(query).fetchone()
+    except (sqlite3.Error, TypeError):
+        return ""
+    return f"#/experiments/{experiment}/runs?workflowType=machine_learning"
 
 
 def _command(store: Path, port: int) -> list[str]:

@@ -115,7 +115,7 @@ def result(outcome: RunResult) -> None:
     for record in outcome.stages:
         state = "cached" if record.cached else hms(record.seconds)
         stages.add_row(record.name, state, str(record.units), str(record.units_done), size(record.peak_rss_bytes))
-    quality = _table("held-out rows", "model", "loss (nats/token)", "perplexity", "accuracy", "calibrated log-loss")
+    quality = _table("held-out rows", "model", "nats/token", "perplexity", "accuracy", "calibrated log-loss")
     for variant in ("dense", "nf4", "nf4_init", "adapter"):
         cells = (summary["losses"][variant], summary["perplexity"][variant])
         accuracy, calibrated = summary["accuracy"][variant], summary["calibrated_log_loss"][variant]

@@ -128,6 +128,7 @@ class Tracker:
         self._store = store.resolve()
         if tracking_uri is None:
             (self._store / "_mlflow").mkdir(parents=True, exist_ok=True)
+        probe(self.uri, embedded=tracking_uri is None)
         self._open(tracking_uri is None, experiment)
         self.parent: str = ""
         self._current: str = ""

@@ -25,7 +25,7 @@ ONLY_IN = {
     "transformers": {"cluster", "pipelines/stages/shard.py"},
 }
 #: Too slow to import at module level outside of numerics: `rankline --help` must be instant.
-HEAVY = {"ray", "torch", "transformers", "deepspeed", "mlflow", "bitsandbytes", "pyarrow", "matplotlib", "scipy", "pandas"}
+HEAVY = set("ray torch transformers deepspeed mlflow bitsandbytes pyarrow matplotlib scipy pandas".split())
 
 
 def imports(tree: ast.AST) -> Iterator[str]:

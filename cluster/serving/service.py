@@ -214,7 +214,7 @@ def _build(spec: ServeSpec, paths: Mapping[str, Any]) -> PreTrainedModel:
     import torch
 
     from cluster.model import build_adapted, build_variant, compute_dtype
-    from cluster.serving.unpack import unpack_if_room
+    from cluster.unpack import unpack_if_room
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = compute_dtype("auto", device)

@@ -81,14 +81,15 @@ def plan_jobs(ctx: Context, source: ModelSource, tokens: Path, labels: tuple[str
             batch_size=config.batch_size,
             labels=labels,
             dtype=ctx.config.finetune.compute_dtype,
-            max_new_tokens=min(config.max_new_tokens, 48),
+            max_new_tokens=config.max_new_tokens,
             exact_match=config.exact_match,
         )
         for index, start in enumerate(range(0, total, config.rows_per_unit)):
             unit = f"{variant}-{index:04d}"
             stop = min(start + config.rows_per_unit, total)
             jobs[unit] = EvaluateJob(ctx.store.root, unit, replace(base, start=start, stop=stop))
-        jobs[f"{variant}-samples"] = EvaluateJob(ctx.store.root, f"{variant}-samples", base)
+        sample = replace(base, max_new_tokens=8 if labels else min(config.max_new_tokens, 48))
+        jobs[f"{variant}-samples"] = EvaluateJob(ctx.store.root, f"{variant}-samples", sample)
     return jobs
 
 

@@ -164,7 +164,7 @@ def _model_name(key: str, architecture: Architecture) -> str:
 
 
 def plan_shards(tensors: list[Rows], shard_bytes: int) -> list[list[Rows]]:
-    """Cut tensors by rows into the fewest files of at most `shard_bytes`, evenly filled (one row is the smallest cut)."""
+    """Cut tensors by rows into the fewest files of at most `shard_bytes`, evenly filled; a row is never cut."""
     total = sum((rows.stop - rows.start) * _row_bytes(rows) for rows in tensors)
     capacity = -(-total // max(1, -(-total // shard_bytes)))
     shards: list[list[Rows]] = [[]]

@@ -163,7 +163,7 @@ def test_seal_names_a_missing_and_a_damaged_unit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"sha256": "0"}'])
 def test_a_damaged_stage_manifest_is_an_artifact_error(tmp_path: Path, text: str) -> None:
-    store, manifest = sealed(tmp_path)
+    store, _ = sealed(tmp_path)
     path = store.artifact("shard", "k") / "manifest.json"
     path.write_text(text)
     with pytest.raises(ArtifactError, match=r"manifest\.json"):

@@ -16,6 +16,11 @@ import pytest
 from pipelines.errors import LeaseError, exit_code
 from pipelines.lease import holder, lease
 
+
+def visible(directory: Path) -> list[Path]:
+    return [path for path in directory.iterdir() if not path.name.endswith(".lock")]
+
+
 HOLD = "import sys,time; from pathlib import Path; from pipelines.lease import lease\n"
 HOLD += "with lease(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(60)"
 
@@ -27,13 +32,13 @@ def test_it_is_held_for_the_block_and_gone_after(tmp_path: Path) -> None:
         assert present is not None
         assert (present["pid"], present["token"]) == (os.getpid(), token)
     assert holder(path) is None
-    assert not list(path.parent.iterdir())
+    assert not visible(path.parent)
 
 
 def test_it_is_given_back_when_the_block_raises(tmp_path: Path) -> None:
     with pytest.raises(KeyError), lease(tmp_path / "lease.json"):
         raise KeyError
-    assert not list(tmp_path.iterdir())
+    assert not visible(tmp_path)
 
 
 def test_a_live_driver_refuses_another_and_a_killed_one_does_not(tmp_path: Path) -> None:
@@ -52,7 +57,7 @@ def test_a_live_driver_refuses_another_and_a_killed_one_does_not(tmp_path: Path)
     assert holder(path) is None
     with lease(path):
         pass
-    assert not list(tmp_path.iterdir())
+    assert not visible(tmp_path)
 
 
 def test_a_reused_process_id_does_not_hold(tmp_path: Path) -> None:

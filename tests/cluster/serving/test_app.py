@@ -20,7 +20,7 @@ from cluster.serving.engine import Job, Piece
 from cluster.serving.protocol import MAX_BODY_BYTES
 from cluster.serving.service import Service
 from cluster.serving.spec import ServeSpec
-from cluster.serving.unpack import unpack_if_room
+from cluster.unpack import unpack_if_room
 
 BASE, ONE, TWO = "tiny", "tiny-one.v1", "tiny-two"
 TOKEN = "the-token"

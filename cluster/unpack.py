@@ -1,8 +1,7 @@
-"""Trade memory for speed on a CPU: keep the quantized weights of a served model dequantized.
+"""Trade memory for speed on a CPU: keep the quantized weights of a frozen model dequantized.
 
-An NF4 layer dequantizes its weight at every call. Training amortises that over a batch of tokens; a decode step has
-one, and on a CPU it then takes four to five times as long as with dense weights (SmolLM2-135M, one thread). The
-values are the same ones, so answers stay those of the quantized model.
+An NF4 layer dequantizes its weight at every call. Training amortises that over a batch of tokens; a decode step has one,
+and evaluation calls often. The values are the same ones, so answers stay those of the quantized model, bit for bit.
 """
 
 from __future__ import annotations
@@ -24,28 +23,28 @@ _SHARE = 0.5
 
 
 def unpack_if_room(model: nn.Module, dtype: torch.dtype, available_bytes: int | None = None) -> bool:
-    """Replace every NF4 base layer by a dense one, if that takes at most half of the memory that is free.
+    """Replace every NF4 layer by a dense one, if that takes at most half of the memory that is free.
 
     Args:
-        model: With adapters injected.
+        model: With adapters injected, or without.
         dtype: What the model computes in.
         available_bytes: Free memory; null asks the system.
 
     Returns:
         Whether it was done.
     """
-    from lowrank.inject import adapted_layers
+    from lowrank.inject import replace_module
     from lowrank.linear import NF4Linear
 
-    packed = [(layer, layer.base) for _, layer in adapted_layers(model) if isinstance(layer.base, NF4Linear)]
-    needed = sum(base.in_features * base.out_features * dtype.itemsize for _, base in packed)
+    packed = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, NF4Linear)]
+    needed = sum(layer.in_features * layer.out_features * dtype.itemsize for _, layer in packed)
     available = _available_bytes() if available_bytes is None else available_bytes
     room = needed <= _SHARE * available
     if packed:
         verb = "kept dequantized" if room else "dequantized at every step, for want of memory"
         logger.info("%d NF4 layers are %s (%.0f MiB)", len(packed), verb, needed / 2**20)
-    for layer, base in packed if room else []:
-        layer.base = _dense(base, dtype)
+    for name, layer in packed if room else []:
+        replace_module(model, name, _dense(layer, dtype))
     return bool(packed) and room
 
 
