@@ -214,7 +214,8 @@ def main() -> None:
     arguments.out.write_text(json.dumps({"machine": machine(), "versions": versions, "rows": rows}, indent=2) + "\n")
     for item in rows:
         print(
-            f"{item['job']:<45} {item['ratio']:>7.2f}x vs {item['peer']}  ({item['seconds_ours']} s, {item['seconds_peer']} s; "
+            f"{item['job']:<45} {item['ratio']:>7.2f}x vs {item['peer']}  "
+            f"({item['seconds_ours']} s, {item['seconds_peer']} s; "
             f"error {item['error_ours']:.3g} / {item['error_peer']:.3g})"
         )
 

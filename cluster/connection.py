@@ -200,13 +200,8 @@ def _keep_stdout_clean() -> None:
 
 
 def _init(address: str, namespace: str, runtime_env: dict[str, Any] | None, log_to_driver: bool) -> None:
-    import logging
-
     import ray
 
-    # They announce every execution and deployment; a failed one raises.
-    for name in ("ray.data", "ray.serve", "ray.train"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     if ray.is_initialized():
         current = ray.get_runtime_context().gcs_address
         if current == address:

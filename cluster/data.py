@@ -6,6 +6,7 @@ the order in which Ray finishes them can change a byte of the output.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -87,6 +88,8 @@ def _map_with_ray(where: Source, encode: EncodeBatch) -> Iterator[pa.Table]:
     import ray.data
     from ray.exceptions import RayError
 
+    # Importing it sets its loggers up; it announces every execution, and a failed one raises.
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     before = context.execution_options.preserve_order, context.enable_progress_bars
     context.execution_options.preserve_order, context.enable_progress_bars = True, False

@@ -1,7 +1,7 @@
 """Trade memory for speed on a CPU: keep the quantized weights of a frozen model dequantized.
 
-An NF4 layer dequantizes its weight at every call. Training amortises that over a batch of tokens; a decode step has one,
-and evaluation calls often. The values are the same ones, so answers stay those of the quantized model, bit for bit.
+An NF4 layer dequantizes its weight at every call. Training amortises that over a batch of tokens; a decode step has
+one, and evaluation calls often. The values are the same, so answers stay those of the quantized model, bit for bit.
 """
 
 from __future__ import annotations

@@ -165,12 +165,14 @@ class Driver:
                 start_new_session=True,
             )
 
-    def until(self, seen: Callable[[], bool], timeout_s: float = 120.0) -> None:
+    def until(self, seen: Callable[[], bool], timeout_s: float = 240.0) -> None:
         """Wait for something that the driver leaves in its store."""
         deadline = time.monotonic() + timeout_s
         while not seen():
             assert self.process.poll() is None, f"the driver ended first:\n{self.text()}"
-            assert time.monotonic() < deadline, f"not seen in {timeout_s:g} s:\n{self.text()}"
+            if time.monotonic() > deadline:
+                self.kill()
+                raise AssertionError(f"not seen in {timeout_s:g} s:\n{self.text()}")
             time.sleep(0.01)
 
     def logged(self, stage: str, event: str, unit: str = "") -> Callable[[], bool]:

@@ -25,7 +25,8 @@ ONLY_IN = {
     "transformers": {"cluster", "pipelines/stages/shard.py"},
 }
 #: Too slow to import at module level outside of numerics: `rankline --help` must be instant.
-HEAVY = set("ray torch transformers deepspeed mlflow bitsandbytes pyarrow matplotlib scipy pandas".split())
+HEAVY = {"ray", "torch", "transformers", "deepspeed", "mlflow", "bitsandbytes"}
+HEAVY |= {"pyarrow", "matplotlib", "scipy", "pandas"}
 
 
 def imports(tree: ast.AST) -> Iterator[str]:

@@ -10,6 +10,7 @@ The proxy runs on the head node only, and all of Serve has one port: it cannot c
 
 from __future__ import annotations
 
+import logging
 import socket
 import time
 from typing import Any
@@ -103,6 +104,8 @@ def _start_serve(config: ServeConfig) -> None:
     from ray import serve
     from ray.serve.config import ProxyLocation
 
+    # Importing it sets its logger up; it announces what it does, and a failure raises.
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     client = _client()
     if client is None:
         _require_free(config.host, config.port)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -105,9 +106,30 @@ def test_killed_in_each_stage_it_goes_on(whole_line: Any, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["decompose", "finetune", "evaluate"])
+@pytest.mark.parametrize("stage", ["decompose", "evaluate"])
 def test_ctrl_c_ends_what_is_in_flight(whole_line: Any, tmp_path: Path, stage: str) -> None:
-    config = with_changes(whole_line.config, store={"path": str(tmp_path / "store")}, finetune={"checkpoint_every": 1})
+    config = with_changes(whole_line.config, store={"path": str(tmp_path / "store")})
+    interrupted_in(config, stage)
+    assert events(config, stage, "start") == events(config, stage, "commit")
+    again = Driver(config)
+    assert again.wait() == 0, again.text()
+    assert_resumed(config, whole_line, {})
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_training_at_a_checkpoint(whole_line: Any, tmp_path: Path) -> None:
+    changes = {"epochs": 60, "checkpoint_every": 5}
+    config = with_changes(whole_line.config, store={"path": str(tmp_path / "store")}, finetune=changes)
+    text = interrupted_in(config, "finetune")
+    assert re.search(r"stopped at step \d*[05] of 240; its checkpoint stays", text)
+    again = Driver(config)
+    assert again.wait() == 0, again.text()
+    assert assert_nothing_done_twice(config, "finetune") <= 1
+    assert steps_redone(stage_units(config, "finetune").root) <= 5
+
+
+def interrupted_in(config: PipelineConfig, stage: str) -> str:
+    """Start a driver, and press Ctrl-C once in the middle of a stage; what it printed."""
     driver = Driver(config)
     driver.until(driver.logged(stage, *KILLS[stage]))
     driver.process.send_signal(signal.SIGINT)
@@ -115,10 +137,7 @@ def test_ctrl_c_ends_what_is_in_flight(whole_line: Any, tmp_path: Path, stage: s
     assert "Traceback" not in driver.text()
     assert "Go on with: rankline run " in driver.text()
     assert not is_finished(config, stage)
-    assert events(config, stage, "start") == events(config, stage, "commit")
-    again = Driver(config)
-    assert again.wait() == 0, again.text()
-    assert_resumed(config, whole_line, {})
+    return driver.text()
 
 
 def test_the_first_interrupt_ends_what_is_in_flight(ray_head: Any, tmp_path: Path) -> None:
