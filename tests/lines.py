@@ -112,10 +112,12 @@ def store_of(config: PipelineConfig) -> Store:
 
 
 def stage_units(config: PipelineConfig, stage: str) -> UnitStore:
-    """The units of the only key of a stage in the store of a pipeline."""
-    keys = sorted(path.name for path in (store_of(config).root / "_artifacts" / stage).iterdir())
-    assert len(keys) == 1, f"{stage} has the keys {keys}"
-    return store_of(config).units(stage, keys[0])
+    """The units of a stage under the key that this pipeline gives it."""
+    from pipelines.sources import hash_sources
+    from pipelines.workflow import stage_keys
+
+    store = store_of(config)
+    return store.units(stage, stage_keys(config, hash_sources(config, store.root / "_hashes.json"))[stage])
 
 
 def events(config: PipelineConfig, stage: str, event: str) -> Counter[str]:
@@ -201,8 +203,7 @@ class Driver:
 
 def is_finished(config: PipelineConfig, stage: str) -> bool:
     """Whether a stage has its manifest."""
-    root = store_of(config).root / "_artifacts" / stage
-    return any(root.glob("*/manifest.json"))
+    return (stage_units(config, stage).root / "manifest.json").is_file()
 
 
 class _Silent:
