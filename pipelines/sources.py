@@ -155,9 +155,9 @@ class SourceHashes:
         except (OSError, ValueError):
             self._known = {}
 
-    def of(self, files: Iterable[Path]) -> str:
-        """One hash over the names and contents of files."""
-        digest = sha256_bytes(canonical([(file.name, self._one(file)) for file in files]))
+    def of(self, files: Iterable[Path], named: bool = True) -> str:
+        """One hash over the contents of files, in order, and over their names where those have a meaning."""
+        digest = sha256_bytes(canonical([(file.name if named else "", self._one(file)) for file in files]))
         write_json(self._path, self._known)
         return digest
 
@@ -189,6 +189,6 @@ def hash_sources(config: PipelineConfig, cache: Path) -> Sources:
     return Sources(
         model=model,
         model_sha256=hashes.of(model.files()),
-        train_sha256=hashes.of(data_files(config.data.train)),
-        heldout_sha256=hashes.of(data_files(config.data.heldout)),
+        train_sha256=hashes.of(data_files(config.data.train), named=False),
+        heldout_sha256=hashes.of(data_files(config.data.heldout), named=False),
     )

@@ -62,11 +62,12 @@ class Context:
                 fn, list(missing.values()), num_cpus=num_cpus, on_done=lambda _item, _out: self.progress.advance()
             )
 
-    def commit(self, unit: str, write: Callable[[Path], dict[str, Any] | None]) -> None:
-        """Make one small unit in the driver, unless it is there."""
+    def commit(self, unit: str, write: Callable[[Path], dict[str, Any] | None], counted: bool = True) -> None:
+        """Make one small unit in the driver, unless it is there; `counted` says whether progress counts units."""
         if not self.store.is_committed(unit):
             self.store.commit(unit, write)
-        self.progress.advance()
+        if counted:
+            self.progress.advance()
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,8 @@ def run(ctx: Context) -> Outcome:
     )
     data = ctx.config.data
     meta = ctx.inputs["shard"] / "units" / "meta"
-    ctx.commit("tokens", lambda out: prepare_tokens(data.heldout, meta, data, out, use_ray=ctx.use_ray))
+    write_tokens = partial(prepare_tokens, data.heldout, meta, data, use_ray=ctx.use_ray)
+    ctx.commit("tokens", write_tokens, counted=False)
     tokens = ctx.store.path("tokens") / "tokens.parquet"
     refuse_duplicates(ctx.inputs["finetune"] / "units" / "train-tokens" / "tokens.parquet", tokens)
     labels = tuple(label_set([tokens], data) or ())

@@ -54,7 +54,7 @@ def run(ctx: Context) -> Outcome:
         use_gpu=_has_gpu(ctx.use_ray),
     )
     outcome = train(job, on_progress=_reporter(ctx, _total_steps(tune, train_tokens)))
-    ctx.commit("plain-lora", partial(_export_plain, source, ctx.store.path("adapter"), tune.adapter, base))
+    ctx.commit("plain-lora", partial(_export_plain, source, ctx.store.path("adapter"), tune.adapter, base), False)
     units = ["train-tokens", *(["heldout-tokens"] if tune.eval_every else []), "adapter", "plain-lora"]
     facts = {
         "global_step": outcome.global_step,
@@ -77,10 +77,10 @@ def _prepare(ctx: Context) -> tuple[Path, Path | None]:
     def tokens(source: str) -> Callable[[Path], dict[str, Any]]:
         return lambda out: prepare_tokens(source, meta, data, out, use_ray=ctx.use_ray)
 
-    ctx.commit("train-tokens", tokens(data.train))
+    ctx.commit("train-tokens", tokens(data.train), False)
     train_tokens = ctx.store.path("train-tokens") / "tokens.parquet"
     if ctx.config.finetune.eval_every:
-        ctx.commit("heldout-tokens", tokens(data.heldout))
+        ctx.commit("heldout-tokens", tokens(data.heldout), False)
         heldout = ctx.store.path("heldout-tokens") / "tokens.parquet"
         refuse_duplicates(train_tokens, heldout)
         return train_tokens, heldout

