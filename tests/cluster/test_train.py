@@ -281,6 +281,7 @@ def test_a_layout_larger_than_the_cluster_is_refused() -> None:
         check_layout(config, False, {"CPU": 4})
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_head")
 @pytest.mark.filterwarnings("ignore")
 def test_a_killed_worker_is_replaced_and_the_curve_does_not_show_it(

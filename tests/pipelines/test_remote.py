@@ -15,6 +15,7 @@ from pipelines.config import to_dict
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(300)]
 
 
+@pytest.mark.slow
 def test_a_submitted_line_runs_as_a_job_and_its_next_attempt_finds_everything_done(
     whole_line: Any, ray_head: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
