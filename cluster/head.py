@@ -7,14 +7,13 @@ find and end the half-started processes.
 
 import fcntl
 import json
-import os
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from cluster.durable import write_json
 from cluster.errors import ConnectError
 
 RECORD_NAME = "_cluster.json"
@@ -57,21 +56,7 @@ def read_record(store_dir: Path) -> Head | None:
 
 def write_record(store_dir: Path, head: Head) -> None:
     """Write the record of `head` atomically, readable by its owner only."""
-    write_private(store_dir / RECORD_NAME, json.dumps(asdict(head), indent=1))
-
-
-def write_private(path: Path, text: str) -> None:
-    """Write `text` to `path` in one rename, with mode 0600 from the first byte on."""
-    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.")  # mkstemp creates with 0600
-    try:
-        with os.fdopen(fd, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_json(store_dir / RECORD_NAME, asdict(head), mode=0o600)
 
 
 @contextmanager

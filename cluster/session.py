@@ -22,8 +22,9 @@ from pathlib import Path
 
 from cluster import processes
 from cluster.connection import connect, disconnect, load_token, nodes, probe
+from cluster.durable import write_atomic
 from cluster.errors import ClusterError, ConnectError
-from cluster.head import RECORD_NAME, TOKEN_NAME, Head, read_record, store_lock, write_private, write_record
+from cluster.head import RECORD_NAME, TOKEN_NAME, Head, read_record, store_lock, write_record
 
 __all__ = ["Head", "add_node", "connect", "default_num_cpus", "disconnect", "nodes", "start_or_adopt", "status", "stop"]
 
@@ -199,7 +200,7 @@ def _short_temp_root() -> str:
 def _ensure_token(path: Path) -> Path:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_private(path, secrets.token_hex(32))
+        write_atomic(path, secrets.token_hex(32).encode(), mode=0o600)
     load_token(path)
     return path
 
