@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lowrank.errors import CheckpointError, DecompositionError, NumericsError
 from lowrank.executor import Executor, Ref
+from lowrank.factors import Factors
 
 #: 4 bytes per entry whatever the storage dtype: blocks are computed in fp32.
 _BYTES_PER_ENTRY = 4
@@ -171,11 +172,25 @@ class BlockMatrix:
         parts = executor.map(partial(_squared_norm, name=self.name), self.blocks, label=f"norm {self.name}")
         return float(_total(parts, executor))
 
-    def squared_residual(self, left: Tensor, right: Tensor, executor: Executor) -> float:
-        """‖W − L R‖_F² in fp64 for left (m, r) and right (r, n), block by block."""
-        rows = [left[a:b] for a, b in pairwise(self.row_offsets)]
-        shared = repeat(executor.put(right))
-        parts = executor.map(_squared_residual, self.blocks, rows, shared, label=f"residual {self.name}")
+    def squared_residual(self, factors: Factors, executor: Executor, weights: "BlockMatrix | None" = None) -> float:
+        """‖W − Ŵ‖_F² in fp64, or ‖√P ∘ (W − Ŵ)‖_F² under weights P, block by block."""
+        shared, rows = repeat(executor.put(factors)), pairwise(self.row_offsets)
+        under = repeat(None) if weights is None else weights.blocks
+        parts = executor.map(_squared_residual, self.blocks, rows, shared, under, label=f"residual {self.name}")
+        return float(_total(parts, executor))
+
+    def mask(self, weights: "BlockMatrix", executor: Executor) -> "BlockMatrix":
+        """W in the compute dtype with 0 in place of entries whose weight is 0.
+
+        Raises:
+            NumericsError: when a weight is negative or not finite, or an entry under a positive weight is not finite.
+        """
+        refs = executor.map(partial(_mask, name=self.name), self.blocks, weights.blocks, label=f"mask {self.name}")
+        return self.like(refs, self.shape[1])
+
+    def weighted_squared_norm(self, weights: "BlockMatrix", executor: Executor) -> float:
+        """‖√P ∘ W‖_F² in fp64."""
+        parts = executor.map(_weighted_squared_norm, self.blocks, weights.blocks, label=f"norm {self.name}")
         return float(_total(parts, executor))
 
     def to_tensor(self, executor: Executor) -> Tensor:
@@ -297,9 +312,22 @@ def _squared_norm(block: Block, name: str) -> Tensor:
     return _squared_sum(load_block(block, name))
 
 
-def _squared_residual(block: Block, left: Tensor, right: Tensor) -> Tensor:
-    residual = torch.addmm(read_block(block), read_block(left), read_block(right), alpha=-1)
-    return _squared_sum(residual)
+def _squared_residual(block: Block, rows: tuple[int, int], factors: Factors, weights: Block | None) -> Tensor:
+    residual = factors.reconstruct_rows(*rows).sub_(read_block(block))
+    return _squared_sum(residual if weights is None else residual.mul_(read_block(weights).sqrt()))
+
+
+def _mask(block: Block, weights: Block, name: str) -> Tensor:
+    values, under = read_block(block), read_block(weights)
+    if not bool((under >= 0).all()) or not bool(torch.isfinite(under).all()):
+        raise NumericsError(
+            f"decompose {name}: a weight is negative, NaN or infinite. Allowed are finite weights >= 0."
+        )
+    return load_block(torch.where(under > 0, values, 0.0), name)
+
+
+def _weighted_squared_norm(block: Block, weights: Block) -> Tensor:
+    return _squared_sum(read_block(block) * read_block(weights).sqrt())
 
 
 def _squared_sum(values: Tensor) -> Tensor:

@@ -3,16 +3,15 @@
 Fields are part of the *result* (they enter a stage's key) unless annotated with `EXECUTION`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Interval
 
+from lowrank.options import STRICT as STRICT
+
 EXECUTION = "execution"
 """Annotation of a field that may change how a result is made, never what it is; it stays out of every key."""
-
-STRICT: dict[str, Any] = {"extra": "forbid", "use_attribute_docstrings": True}
-"""How pydantic reads these dataclasses: unknown fields are errors, the text under a field is its description."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,20 +20,30 @@ class DecomposeConfig:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
-    method: Literal["randomized_svd", "exact_svd"] = "randomized_svd"
-    """`randomized_svd` (Halko, CholeskyQR2) or `exact_svd` (LAPACK, or the Gram route for a short side)."""
+    method: Literal[
+        "randomized_svd",
+        "exact_svd",
+        "block_krylov",
+        "one_pass",
+        "als",
+        "hadamard",
+        "kronecker",
+        "khatri_rao",
+        "khatri_rao_low_rank",
+        "cp",
+        "tucker",
+    ] = "randomized_svd"
+    """Family and algorithm; `rankline methods` lists them with what each can do."""
     rank: Annotated[int, Ge(1)] | None = None
-    """Fixed rank of every tensor, at most min(m, n)."""
+    """Fixed rank of every tensor, within the bound of the method (SVD: min(m, n))."""
     energy: Annotated[float, Interval(gt=0, le=1)] | None = None
     """Smallest rank that keeps this share of ‖W‖²_F, in (0, 1]."""
     error: Annotated[float, Interval(ge=0, lt=1)] | None = None
     """Smallest rank whose relative Frobenius error is at most this, in [0, 1)."""
     max_rank: Annotated[int, Ge(1)] | None = None
     """Upper bound of the rank that `energy` or `error` choose; null disables it."""
-    n_iter: Annotated[int, Ge(0)] = 2
-    """Power iterations of `randomized_svd`; 2 or more for the flat spectra of transformer weights."""
-    oversampling: Annotated[int, Ge(0)] = 8
-    """Extra random columns of `randomized_svd`."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """The method's own options, for example `n_iter` and `oversampling` of `randomized_svd`."""
     seed: int = 0
     """Seed of the random test matrix."""
     block_bytes: Annotated[int, Ge(1)] = 64 * 1024 * 1024
@@ -55,6 +64,8 @@ class QuantizeConfig:
     """Weights that share one absmax."""
     double_quant: bool = True
     """Quantize the absmax values too (about 4.13 instead of 4.5 bits a weight)."""
+    max_rank: Annotated[int, Ge(1)] | None = None
+    """Largest rank of the kept L and R; factors whose low-rank form is larger are cut. Null keeps them whole."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,6 +43,11 @@ class RankRule:
         _require(self.error is None or 0 <= self.error < 1, f"error = {self.error}", "error in [0, 1)")
         _require(self.max_rank is None or self.max_rank >= 1, f"max_rank = {self.max_rank}", "max_rank >= 1")
 
+    @property
+    def kind(self) -> str:
+        """Which of `rank`, `energy` and `error` is set."""
+        return next(name for name in ("rank", "energy", "error") if getattr(self, name) is not None)
+
     def choose(self, s: Tensor, total_energy: float) -> int:
         """The rank to keep of the singular values `s`.
 

@@ -125,8 +125,8 @@ def _seconds(
     cores = os.cpu_count() or 1
     tune, n = config.finetune, size.num_parameters
     share = min(1.0, tune.num_workers * tune.threads_per_worker / cores)
-    rank = (config.decompose.rank or 64) + config.decompose.oversampling
-    products = 2 * (config.decompose.n_iter + 1)
+    rank = (config.decompose.rank or 64) + config.decompose.options.get("oversampling", 8)
+    products = 2 * (config.decompose.options.get("n_iter", 2) + 1)
     train_tokens = trained * rows["train"].tokens_per_row
     score_tokens = NUM_VARIANTS * heldout * rows["heldout"].tokens_per_row
     decoded = NUM_VARIANTS * NUM_SAMPLES * SAMPLE_TOKENS

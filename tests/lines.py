@@ -67,7 +67,7 @@ def tiny_pipeline(root: Path, head: Any, arch: str = "llama", **sections: Mappin
     values: dict[str, Any] = {
         "name": "tiny",
         "shard": {"shard_bytes": 8192},
-        "decompose": {"rank": 2, "block_bytes": 512, "oversampling": 2, "target_modules": MLP},
+        "decompose": {"rank": 2, "block_bytes": 512, "options": {"oversampling": 2}, "target_modules": MLP},
         "finetune": {
             "adapter": {"lora_alpha": 4.0},
             "num_workers": 1,

@@ -6,6 +6,7 @@ its short side is small, from the fp64 Gram of the short side.
 """
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ def exact_svd(problem: Problem) -> Fit:
     q = _as_blocks(leading, w, executor) if wide else orthonormalize(w.matmat(leading, executor), executor)
     factors = _rayleigh_ritz(w, q, w.rmatmat(q, executor), rank, executor)
     spectrum = torch.cat([factors.s, s[rank:].to(factors.s.dtype)])
-    return Fit(factors, spectrum, 0, converged)
+    return svd_fit(factors, spectrum, 0, converged)
 
 
 def randomized_svd(problem: Problem) -> Fit:
@@ -63,18 +64,41 @@ def randomized_svd(problem: Problem) -> Fit:
     rank = min(rule.cap(rule.rank or min(_FIRST_RANK, limit)), limit)
     start = torch.empty(w.shape[1], 0, dtype=w.compute_dtype)
     for n_rounds in range(1, limit + 2):
-        size = rank + problem.oversampling
+        size = rank + problem.options.oversampling
         if 2 * size > limit:
             return exact_svd(problem)
         fresh = _gaussian(w.shape[1], size - start.shape[1], problem.seed + n_rounds - 1, w.compute_dtype)
-        q, z = _subspace_iteration(w, torch.cat([start, fresh], dim=1), problem.n_iter, executor)
+        q, z = _subspace_iteration(w, torch.cat([start, fresh], dim=1), problem.options.n_iter, executor)
         found = _rayleigh_ritz(w, q, z, size, executor)
         if rule.met(found.s[:rank], problem.total_energy) or rule.cap(rank + 1) == rank:
             break
         start, rank = found.vh.T, rule.cap(2 * rank)
     kept = rule.choose(found.s[:rank], problem.total_energy)
     converged = rule.met(found.s[:kept], problem.total_energy)
-    return Fit(_truncate(found, kept), found.s, problem.n_iter * n_rounds, converged)
+    return svd_fit(_truncate(found, kept), found.s, problem.options.n_iter * n_rounds, converged)
+
+
+def svd_fit(factors: SVDFactors, spectrum: Tensor, n_iter: int, converged: bool) -> Fit:
+    """The fit of factors whose product is an orthogonal projection of W."""
+    return Fit(
+        factors=factors,
+        spectrum=spectrum,
+        n_iter=n_iter,
+        converged=converged,
+        reason="the rank rule is met" if converged else "max_rank was reached before the rank rule was met",
+        projection_energy=float(factors.s.double().square().sum()),
+    )
+
+
+def zero_svd(shape: tuple[int, int], dtype: torch.dtype, rank: int, options: Any) -> SVDFactors:
+    """Orthonormal U and V with σ = 0, for a zero matrix."""
+    (m, n), zeros = shape, torch.zeros(rank, dtype=dtype)
+    return SVDFactors(torch.eye(m, rank, dtype=dtype), zeros, torch.eye(rank, n, dtype=dtype))
+
+
+def short_side(shape: tuple[int, int], options: Any) -> int:
+    """min(m, n), the largest rank of an SVD."""
+    return min(shape)
 
 
 def _subspace_iteration(w: BlockMatrix, start: Tensor, n_iter: int, executor: Executor) -> tuple[BlockMatrix, Tensor]:
@@ -101,7 +125,7 @@ def _rayleigh_ritz(w: BlockMatrix, q: BlockMatrix, z: Tensor, rank: int, executo
 def _lapack_svd(problem: Problem) -> Fit:
     u, s, vh = torch.linalg.svd(problem.matrix.to_tensor(problem.executor), full_matrices=False)
     rank, converged = _choose_exact(problem, s)
-    return Fit(_truncate(_fix_signs(u, s, vh), rank), s, 0, converged)
+    return svd_fit(_truncate(_fix_signs(u, s, vh), rank), s, 0, converged)
 
 
 def _choose_exact(problem: Problem, s: Tensor) -> tuple[int, bool]:

@@ -1,7 +1,7 @@
 """Split a weight into a 4-bit residual and a low-rank part in full precision: W ≈ Q + L R.
 
-A method is one function of (name, weight, factors, quantizer) in `METHODS`. Low rank first: what L R carries never
-passes the 4-bit grid, and the residual that does is smaller than W.
+A method is one function of (name, weight, factors, quantizer, max_rank) in `METHODS`. Low rank first: what L R
+carries never passes the 4-bit grid, and the residual that does is smaller than W.
 """
 
 from collections.abc import Callable
@@ -12,8 +12,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from lowrank.errors import QuantizationError
-from lowrank.factors import SVDFactors
+from lowrank.errors import AdapterError, QuantizationError
+from lowrank.factors import Factors
 from lowrank.quantization.nf4 import NF4Tensor, check_weight, quantize_nf4
 
 
@@ -49,27 +49,29 @@ class SplitWeight:
 
 #: NF4 with the block size and absmax format already chosen.
 Quantizer: TypeAlias = Callable[[Tensor], NF4Tensor]
-QuantizationMethod: TypeAlias = Callable[[str, Tensor, SVDFactors | None, Quantizer], SplitWeight]
+QuantizationMethod: TypeAlias = Callable[[str, Tensor, Factors | None, Quantizer, int | None], SplitWeight]
 
 
 def split_weight(
     name: str,
     weight: Tensor,
-    factors: SVDFactors | None,
+    factors: Factors | None,
     method: str = "qpissa",
     *,
     block_size: int = 64,
     double_quant: bool = True,
+    max_rank: int | None = None,
 ) -> SplitWeight:
     """Split `weight` by the method of that name, and never do worse than plain NF4.
 
     Args:
         name: of the tensor, for messages.
         weight: W (m, n), any floating-point dtype, finite.
-        factors: U, s, Vᴴ of W from `decompose`; needed by `qpissa`, ignored by `nf4`.
+        factors: of W from `decompose`, in any form; needed by `qpissa`, ignored by `nf4`.
         method: `nf4` (no low-rank part) or `qpissa`.
         block_size: entries per absmax; see `quantize_nf4`.
         double_quant: store the absmax values in 8 bits.
+        max_rank: largest rank of L R; factors whose low-rank form has a larger one are cut to the best of this rank.
 
     Raises:
         QuantizationError: when the method is unknown, needs factors that are not there or do not fit, or the
@@ -80,24 +82,28 @@ def split_weight(
         raise QuantizationError(f"quantize {name}: unknown method {method!r}. Set quantize.method to one of: {known}.")
     check_weight(name, weight)
     quantizer = partial(quantize_nf4, block_size=block_size, double_quant=double_quant, name=name)
-    return METHODS[method](name, weight, factors, quantizer)
+    return METHODS[method](name, weight, factors, quantizer, max_rank)
 
 
-def nf4(name: str, weight: Tensor, factors: SVDFactors | None, quantizer: Quantizer) -> SplitWeight:
+def nf4(
+    name: str, weight: Tensor, factors: Factors | None, quantizer: Quantizer, max_rank: int | None = None
+) -> SplitWeight:
     """Q = NF4(W), no low-rank part."""
     residual = quantizer(weight)
     error = _relative_error(weight.float(), residual.dequantize(torch.float32))
     return SplitWeight(name, residual, None, None, error, error)
 
 
-def qpissa(name: str, weight: Tensor, factors: SVDFactors | None, quantizer: Quantizer) -> SplitWeight:
-    """L = U√Σ, R = √Σ Vᴴ, Q = NF4(W − L R); plain NF4 where that is not better.
+def qpissa(
+    name: str, weight: Tensor, factors: Factors | None, quantizer: Quantizer, max_rank: int | None = None
+) -> SplitWeight:
+    """L = U√Σ, R = √Σ Vᴴ of the factors' low-rank form, Q = NF4(W − L R); plain NF4 where that is not better.
 
     Scale-correct for every alpha: fine-tuning sets B = L/√s and A = R/√s, so that s · B · A = L R.
 
     Source: PiSSA, arXiv:2404.02948, section 3.1 (QPiSSA with T = 1).
     """
-    left, right = _fitting(name, weight, factors)
+    left, right = _fitting(name, weight, factors, max_rank)
     exact = weight.float()
     rest = torch.addmm(exact, left, right, alpha=-1)
     # The residual stands in for W from here on, so it keeps W's dtype on record.
@@ -114,15 +120,18 @@ def qpissa(name: str, weight: Tensor, factors: SVDFactors | None, quantizer: Qua
 METHODS: dict[str, QuantizationMethod] = {"nf4": nf4, "qpissa": qpissa}
 
 
-def _fitting(name: str, weight: Tensor, factors: SVDFactors | None) -> tuple[Tensor, Tensor]:
+def _fitting(name: str, weight: Tensor, factors: Factors | None, max_rank: int | None) -> tuple[Tensor, Tensor]:
     what = f"quantize {name} ({'x'.join(map(str, weight.shape))}) by qpissa"
     if factors is None:
         raise QuantizationError(f"{what}: no factors. Run decompose on this tensor, or set quantize.method: nf4.")
-    fitted = (factors.u.shape[0], factors.vh.shape[1])
+    fitted = factors.shape
     if fitted != tuple(weight.shape):
         raise QuantizationError(f"{what}: the factors are of a {fitted[0]}x{fitted[1]} matrix. Run decompose again.")
-    left, right = factors.balanced()
-    return left.float(), right.float()
+    try:
+        lora = factors.to_lora(max_rank=max_rank)
+    except AdapterError as error:
+        raise QuantizationError(f"{what}: {error} Set quantize.max_rank, or quantize.method: nf4.") from error
+    return lora.b.float(), lora.a.float()
 
 
 def _relative_error(exact: Tensor, approximate: Tensor) -> float:

@@ -98,9 +98,8 @@ def _decompose(job: DecomposeJob, directory: Path) -> dict[str, Any]:
         method=config.method,
         rule=rule,
         seed=config.seed,
-        n_iter=config.n_iter,
-        oversampling=config.oversampling,
         executor=_executor(job, len(matrix.blocks)),
+        **config.options,
     )
     result.factors.save(directory / "factors.safetensors")
     save_file({"spectrum": result.spectrum.contiguous()}, directory / "spectrum.safetensors")

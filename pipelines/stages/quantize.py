@@ -65,16 +65,22 @@ def quantize_unit(job: QuantizeJob) -> None:
 
 
 def _quantize(job: QuantizeJob, directory: Path) -> dict[str, Any]:
-    from lowrank.factors import SVDFactors
+    from lowrank.factors import load_factors
     from lowrank.quantization.residual import split_weight
 
     config = job.config
     weight = ShardSet(job.shards).load(f"{job.module}.weight")
     factors = None
     if config.method != "nf4":
-        factors = SVDFactors.load(job.factors / job.module / "factors.safetensors")
+        factors = load_factors(job.factors / job.module / "factors.safetensors")
     split = split_weight(
-        job.module, weight, factors, config.method, block_size=config.block_size, double_quant=config.double_quant
+        job.module,
+        weight,
+        factors,
+        config.method,
+        block_size=config.block_size,
+        double_quant=config.double_quant,
+        max_rank=config.max_rank,
     )
     save_split(directory, split)
     parts = [part for part in (split.left, split.right) if part is not None]

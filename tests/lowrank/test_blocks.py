@@ -13,6 +13,7 @@ from tolerance import tol
 from lowrank.blocks import BlockMatrix, TensorSlice, load_block, plan_blocks, read_block
 from lowrank.errors import CheckpointError, DecompositionError, NumericsError
 from lowrank.executor import SerialExecutor
+from lowrank.factors import LowRankFactors
 
 EXECUTOR = SerialExecutor()
 
@@ -53,7 +54,7 @@ def test_products_equal_the_dense_ones(dtype: torch.dtype, shape: tuple[int, int
     assert w.squared_norm(EXECUTOR) == pytest.approx(float(exact.square().sum()), rel=1e-12)
     left, right = torch.ones(shape[0], 2, dtype=w.compute_dtype), torch.ones(2, shape[1], dtype=w.compute_dtype)
     residual = float((exact - 2).square().sum())
-    assert w.squared_residual(left, right, EXECUTOR) == pytest.approx(residual, rel=tol(dtype))
+    assert w.squared_residual(LowRankFactors(left, right), EXECUTOR) == pytest.approx(residual, rel=tol(dtype))
 
 
 def test_stored_pieces_do_not_change_the_blocks(tmp_path: Path) -> None:

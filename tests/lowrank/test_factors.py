@@ -32,7 +32,10 @@ def test_reconstruct_matvec_and_balanced_agree(factors: SVDFactors) -> None:
 
 @pytest.mark.parametrize("scaling", [0.25, 1.0, 2.0, 16 / 64**0.5])
 def test_lora_times_its_scaling_is_the_matrix(factors: SVDFactors, scaling: float) -> None:
-    a, b = factors.to_lora(scaling)
+    lora = factors.to_lora(scaling)
+    a, b = lora.a, lora.b
+    assert lora.exact
+    assert lora.retained_energy == 1
     assert (a.shape, b.shape) == ((4, 7), (9, 4))
     dtype = factors.u.dtype
     torch.testing.assert_close(scaling * b @ a, factors.reconstruct(), rtol=tol(dtype), atol=tol(dtype))

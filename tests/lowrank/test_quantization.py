@@ -135,7 +135,8 @@ def test_qpissa_starts_where_the_adapter_puts_it_for_every_alpha() -> None:
     assert split.left is not None
     assert split.right is not None
     for scaling in (0.5, 2.0, 32 / 8**0.5):
-        a, b = factors.to_lora(scaling)
+        lora = factors.to_lora(scaling)
+        a, b = lora.a, lora.b
         start = split.residual.dequantize() + scaling * b @ a
         torch.testing.assert_close(start, split.reconstruct(), rtol=0, atol=1e-5)
 
