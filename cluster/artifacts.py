@@ -135,13 +135,14 @@ def save_split(directory: Path, split: SplitWeight) -> None:
     """Write one layer's split as safetensors with a JSON header; the packed bytes, never a dequantized copy."""
     from safetensors.torch import save_file
 
-    tensors = split.residual.to_tensors("residual")
+    tensors = {} if split.residual is None else split.residual.to_tensors("residual")
     if split.left is not None and split.right is not None:
         tensors |= {"left": split.left.contiguous(), "right": split.right.contiguous()}
     save_file(tensors, directory / "split.safetensors")
     record = {
         "name": split.name,
-        "residual": split.residual.meta(),
+        "shape": list(split.shape),
+        "residual": None if split.residual is None else split.residual.meta(),
         "quantization_error": split.quantization_error,
         "plain_error": split.plain_error,
         "fallback": split.fallback,
@@ -160,7 +161,8 @@ def load_split(directory: Path) -> SplitWeight:
     tensors = load_file(directory / "split.safetensors")
     return SplitWeight(
         name=record["name"],
-        residual=NF4Tensor.from_tensors(tensors, "residual", record["residual"]),
+        shape=(record["shape"][0], record["shape"][1]),
+        residual=record["residual"] and NF4Tensor.from_tensors(tensors, "residual", record["residual"]),
         left=tensors.get("left"),
         right=tensors.get("right"),
         quantization_error=record["quantization_error"],

@@ -115,7 +115,8 @@ def _materialise_buffers(model: PreTrainedModel) -> None:
 def build_variant(source: ModelSource, variant: Variant, dtype: torch.dtype) -> PreTrainedModel:
     """One of the four models that `evaluate` compares; `adapter` also serves `nf4_init` under the name `init`.
 
-    dense: W. nf4: NF4(W). nf4_init: Q + L·R, the split before training. adapter: Q + s·B·A.
+    dense: W. nf4: NF4(W). nf4_init: Q + L·R, the split before training. adapter: Q + s·B·A. Q is 0 where the factors
+    replace W.
     """
     shards = ShardSet(source.shards)
     if variant == "dense":
@@ -145,11 +146,14 @@ def build_adapted(source: ModelSource, dtype: torch.dtype, adapters: Mapping[str
 
 
 def _nf4_layers(source: ModelSource) -> dict[str, nn.Module]:
-    from lowrank.linear import NF4Linear
+    from lowrank.linear import NF4Linear, ZeroLinear
 
     shards = ShardSet(source.shards)
-    splits = SplitSet(source.splits).items()
-    return {module: NF4Linear(split.residual, _bias(shards, module)) for module, split in splits}
+    layers: dict[str, nn.Module] = {}
+    for module, split in SplitSet(source.splits).items():
+        bias = _bias(shards, module)
+        layers[module] = ZeroLinear(split.shape, bias) if split.residual is None else NF4Linear(split.residual, bias)
+    return layers
 
 
 def _plain_nf4_layers(source: ModelSource) -> dict[str, nn.Module]:
@@ -180,8 +184,7 @@ def initial_adapters(source: ModelSource) -> dict[str, LoRA]:
     use_split = source.adapter.init == "split" and source.base == "nf4"
     for index, (module, split) in enumerate(SplitSet(source.splits).items()):
         left, right = (split.left, split.right) if use_split else (None, None)
-        m, n = split.residual.shape
-        made[module] = initial_lora(module, (m, n), left, right, source.adapter, index)
+        made[module] = initial_lora(module, split.shape, left, right, source.adapter, index)
     return made
 
 

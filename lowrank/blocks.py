@@ -23,6 +23,8 @@ from lowrank.factors import Factors
 _BYTES_PER_ENTRY = 4
 #: BLAS picks kernels by alignment; torch allocates at 64 bytes, a buffer from a file or a store may not be.
 _ALIGNMENT = 64
+#: Entries that are widened to fp64 at a time.
+_PIECE = 262_144
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,11 @@ class BlockMatrix:
             return replace(self, blocks=tuple(executor.map(read_block, self.blocks, label=f"load {self.name}")))
         held = (executor.put(read_block(b)) if isinstance(b, Tensor) else b for b in self.blocks)
         return replace(self, blocks=tuple(held))
+
+    def hold(self, executor: Executor) -> "BlockMatrix":
+        """Read every block once and keep it with the executor in the compute dtype, where memory allows that."""
+        refs = executor.map(read_block, self.blocks, label=f"load {self.name}")
+        return replace(self, blocks=tuple(refs))
 
     def matmat(self, x: Tensor, executor: Executor) -> "BlockMatrix":
         """Y = W X for x (n, k), in the row blocks of W."""
@@ -309,7 +316,10 @@ def _row_gram(left: Block, right: Block) -> Tensor:
 
 
 def _squared_norm(block: Block, name: str) -> Tensor:
-    return _squared_sum(load_block(block, name))
+    values = read_block(block)
+    total = _squared_sum(values)
+    # A sum of squares is finite only if every entry is; fp32 squares cannot overflow fp64.
+    return total if bool(torch.isfinite(total)) else _squared_sum(load_block(values, name))
 
 
 def _squared_residual(block: Block, rows: tuple[int, int], factors: Factors, weights: Block | None) -> Tensor:
@@ -331,5 +341,9 @@ def _weighted_squared_norm(block: Block, weights: Block) -> Tensor:
 
 
 def _squared_sum(values: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(values, dtype=torch.float64)
-    return norm.square()
+    """‖values‖² in fp64, a cache-sized piece at a time."""
+    total = torch.zeros((), dtype=torch.float64)
+    for piece in torch.split(values.reshape(-1), _PIECE):
+        exact = piece.double()
+        total += torch.dot(exact, exact)
+    return total

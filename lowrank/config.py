@@ -16,7 +16,7 @@ EXECUTION = "execution"
 
 @dataclass(frozen=True, kw_only=True)
 class DecomposeConfig:
-    """Low-rank decomposition of every target tensor; set exactly one of `rank`, `energy` and `error`."""
+    """Decomposition of every target tensor; set exactly one of `rank`, `energy` and `error`, as the method knows them."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
@@ -34,6 +34,8 @@ class DecomposeConfig:
         "tucker",
     ] = "randomized_svd"
     """Family and algorithm; `rankline methods` lists them with what each can do."""
+    mode: Literal["split", "replace"] = "split"
+    """`split` keeps the factors beside the quantized rest; `replace` puts them in W's place, for finetune to heal."""
     rank: Annotated[int, Ge(1)] | None = None
     """Fixed rank of every tensor, within the bound of the method (SVD: min(m, n))."""
     energy: Annotated[float, Interval(gt=0, le=1)] | None = None
@@ -44,6 +46,8 @@ class DecomposeConfig:
     """Upper bound of the rank that `energy` or `error` choose; null disables it."""
     options: dict[str, Any] = field(default_factory=dict)
     """The method's own options, for example `n_iter` and `oversampling` of `randomized_svd`."""
+    stack: Literal["layers", "projections"] | None = None
+    """What `cp` and `tucker` stack: one projection over all `layers`, or the equal-shaped `projections` of a layer."""
     seed: int = 0
     """Seed of the random test matrix."""
     block_bytes: Annotated[int, Ge(1)] = 64 * 1024 * 1024

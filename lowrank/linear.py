@@ -58,9 +58,28 @@ class NF4Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+class ZeroLinear(nn.Module):
+    """y = b: the base of a layer whose weight was replaced by its factors, which the adapter holds alone."""
+
+    def __init__(self, shape: tuple[int, int], bias: Tensor | None = None) -> None:
+        """Args: shape: (m, n). bias: (m,) or None."""
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Zeros (m, n)."""
+        return torch.zeros(self.out_features, self.in_features, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """b for every x (..., n)."""
+        y = x.new_zeros(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+
 def dense_weight(base: nn.Module) -> Tensor:
     """The dense weight (m, n) of a frozen base layer."""
-    if isinstance(base, NF4Linear):
+    if isinstance(base, NF4Linear | ZeroLinear):
         return base.dense_weight()
     weight = base.weight
     assert isinstance(weight, Tensor)

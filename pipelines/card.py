@@ -37,7 +37,7 @@ def model_card(config: PipelineConfig, evaluation: Mapping[str, Any], tags: Mapp
         "## Use\n\n" + _usage(config),
         "## Training\n\n" + _training(config),
         "## Data and lineage\n\n" + _lineage(tags),
-        "## Limitations\n\n" + _limitations(evaluation),
+        "## Limitations\n\n" + _limitations(config, evaluation),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -77,18 +77,21 @@ def _front_matter(config: PipelineConfig) -> str:
 
 
 def _intro(config: PipelineConfig, evaluation: Mapping[str, Any]) -> str:
-    split = (
-        "the residual of a low-rank split W = L·R + E, with E in NF4 (QPiSSA)"
-        if config.quantize.method == "qpissa"
-        else "NF4"
-    )
     gate = "passed" if evaluation["passed"] else "did not pass"
     return (
         f"A LoRA adapter for {code(base_model(config))}, made by rankline. "
-        f"It was trained over a 4-bit base: every target layer is stored as {split}. "
+        f"{_base(config)} "
         f"It {gate} the pipeline's gate, which compares {judged_by(evaluation)} on held-out rows "
         "with the same base before training."
     )
+
+
+def _base(config: PipelineConfig) -> str:
+    if config.decompose.mode == "replace":
+        return f"It holds the target layers themselves: their {config.decompose.method} factors, healed by training."
+    residual = "the residual of a low-rank split W = L·R + E, with E in NF4 (QPiSSA)"
+    stored = residual if config.quantize.method == "qpissa" else "NF4"
+    return f"It was trained over a 4-bit base: every target layer is stored as {stored}."
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = False) -> str:
@@ -124,6 +127,11 @@ def _results(evaluation: Mapping[str, Any]) -> str:
 
 
 def _usage(config: PipelineConfig) -> str:
+    if config.decompose.mode == "replace":
+        return (
+            "`adapter/` is the target layers of this pipeline's model, whose own weights are gone; `rankline serve` "
+            "puts the two together. There is no LoRA over the original model that equals it."
+        )
     hub = config.model.source.startswith("hub:")
     name = base_model(config) if hub else "PATH_OF_THE_ORIGINAL_MODEL"
     revision = f", revision={config.model.revision!r}" if hub and config.model.revision else ""
@@ -183,10 +191,11 @@ def _lineage(tags: Mapping[str, str]) -> str:
     return table(["what", "hash"], rows) + "\n\nEqual keys mean equal inputs, settings and format of a stage."
 
 
-def _limitations(evaluation: Mapping[str, Any]) -> str:
+def _limitations(config: PipelineConfig, evaluation: Mapping[str, Any]) -> str:
+    plain = "`plain_lora/` over the original model is a different sum of the same change; it was not evaluated here."
+    replaced = config.decompose.mode == "replace"
     notes = [
-        "The figures are those of the adapter over the quantized base. `plain_lora/` over the original model is a "
-        "different sum of the same change; it was not evaluated here.",
+        "The figures are those of the adapter over the quantized base. " + ("" if replaced else plain),
         f"They were taken on {evaluation['adapter'].get('num_rows', 'few')} rows of one data set and say nothing about "
         "other tasks, languages or kinds of text.",
         "The adapter inherits the biases, gaps and licence of its base model and of its training rows.",

@@ -19,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from cluster.config import ClusterConfig, DataConfig, EvaluateConfig, FinetuneConfig, ServeConfig
 from lowrank.config import EXECUTION, STRICT, DecomposeConfig, QuantizeConfig
+from lowrank.options import METHOD_OPTIONS, RULES
 from pipelines.errors import ConfigError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -201,10 +202,7 @@ def _contradictions(config: PipelineConfig) -> Iterator[str]:
     """Settings that are fine alone but not together."""
     if not _NAME.fullmatch(config.name):
         yield f"name: got {config.name!r}; allowed are 1 to 64 letters, digits, '.', '_', '-', not first a sign."
-    rule = {key: getattr(config.decompose, key) for key in ("rank", "energy", "error")}
-    given = [key for key, value in rule.items() if value is not None]
-    if len(given) != 1:
-        yield f"decompose: set exactly one of rank, energy and error; got {given or 'none'}."
+    yield from _decompose_problems(config.decompose)
     tune = config.finetune
     if tune.keep == "best" and tune.eval_every is None:
         yield "finetune.keep: 'best' needs finetune.eval_every."
@@ -216,10 +214,35 @@ def _contradictions(config: PipelineConfig) -> Iterator[str]:
             f"finetune.adapter.r: {r} is smaller than decompose.rank = {rank}, which the residual is quantized "
             f"against. Set finetune.adapter.r >= {rank} or null, or decompose.rank <= {r}."
         )
+    if config.decompose.mode == "replace" and tune.adapter.init != "split":
+        yield "finetune.adapter.init: decompose.mode 'replace' trains the factors. Set it to 'split'."
     if tune.zero_stage == 3 and not tune.allow_zero3_quantized:
         yield "finetune.zero_stage: 3 over an NF4 base needs finetune.allow_zero3_quantized: true; 2 is the default."
     if config.serve.host not in ("127.0.0.1", "localhost", "::1") and not config.serve.token_file:
         yield f"serve.host: {config.serve.host!r} is not loopback and needs serve.token_file, a token of your own."
+
+
+def _decompose_problems(config: DecomposeConfig) -> Iterator[str]:
+    """Options that the method does not know, and a rank rule that it cannot follow."""
+    given = [key for key in ("rank", "energy", "error") if getattr(config, key) is not None]
+    rules = RULES[config.method]
+    if not rules and given:
+        yield f"decompose.{given[0]}: {config.method} has no rank. Leave it out, or set it to null."
+    elif rules and len(given) != 1:
+        yield f"decompose: set exactly one of {', '.join(sorted(rules))}; got {given or 'none'}."
+    elif given and given[0] not in rules:
+        yield f"decompose.{given[0]}: {config.method} cannot follow it. Set decompose.rank instead."
+    options: Any = METHOD_OPTIONS[config.method]
+    stacks = any(item.name == "depth" for item in dataclasses.fields(options))
+    if stacks != (config.stack is not None):
+        yield f"decompose.stack: got {config.stack!r}; cp and tucker need 'layers' or 'projections', the others null."
+    if "depth" in config.options:
+        yield "decompose.options.depth: follows from decompose.stack. Leave it out."
+    try:
+        TypeAdapter(options).validate_python(config.options)
+    except ValidationError as error:
+        for item in error.errors(include_url=False):
+            yield _problem(item | {"loc": ("decompose", "options", *item["loc"])})
 
 
 def result_fields(config: Any) -> dict[str, Any]:

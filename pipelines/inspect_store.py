@@ -68,7 +68,7 @@ def _endpoint(recorded: dict[str, Any]) -> dict[str, Any]:
 def methods() -> dict[str, list[dict[str, str]]]:
     """Every decomposition, quantization and adapter by the name that a pipeline YAML takes, from their registries."""
     from lowrank.adapters.registry import FAMILIES
-    from lowrank.decompositions.registry import METHODS as DECOMPOSITIONS
+    from lowrank.decompositions import METHODS as DECOMPOSITIONS
     from lowrank.quantization.residual import METHODS as QUANTIZATIONS
 
     sections: dict[str, Mapping[str, Any]] = {
@@ -80,4 +80,18 @@ def methods() -> dict[str, list[dict[str, str]]]:
 
 
 def _row(name: str, made: Any) -> dict[str, str]:
-    return {"name": name, "summary": (made.__doc__ or "").strip().splitlines()[0]}
+    summary = getattr(made, "summary", "") or (made.__doc__ or "").strip().splitlines()[0]
+    return {"name": name, "summary": summary} | _decomposition_facts(made)
+
+
+def _decomposition_facts(made: Any) -> dict[str, str]:
+    """What a decomposition can do; nothing for the other registries."""
+    if not hasattr(made, "rules"):
+        return {}
+    return {
+        "family": made.family,
+        "rules": ", ".join(sorted(made.rules)) or "-",
+        "options": ", ".join(made.options.__dataclass_fields__) or "-",
+        "weights": "yes" if made.weighted else "no",
+        "low-rank form": made.low_rank,
+    }

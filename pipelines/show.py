@@ -187,7 +187,8 @@ def methods(found: dict[str, list[dict[str, str]]]) -> None:
         table = _table(section, "name")
         _add_sentences(table)
         for row in rows:
-            table.add_row(row["name"], row["summary"])
+            facts = [f"{key} {row[key]}" for key in ("rules", "weights", "low-rank form") if key in row]
+            table.add_row(row["name"], "; ".join([row["summary"], *facts]))
         _print(table)
 
 

@@ -16,7 +16,7 @@ from lowrank.executor import Executor
 _MAX_CONDITION = 1e7
 
 
-def orthonormalize(y: BlockMatrix, executor: Executor) -> BlockMatrix:
+def orthonormalize(y: BlockMatrix, executor: Executor, passes: int = 2) -> BlockMatrix:
     """An orthonormal basis Q of the columns of Y, in the same row blocks.
 
     Twice: R = chol(YᵀY), Y ← Y R⁻¹ (CholeskyQR2, one l×l all-reduce each). When Y is so ill-conditioned that
@@ -25,6 +25,7 @@ def orthonormalize(y: BlockMatrix, executor: Executor) -> BlockMatrix:
     Args:
         y: (m, l) with m >= l, fp32 or fp64.
         executor: where the blocks live.
+        passes: 2, or 1 for a Y that is nearly orthonormal already.
 
     Returns:
         Q (m, l) in the dtype of `y`; QᵀQ = I to rounding.
@@ -33,7 +34,7 @@ def orthonormalize(y: BlockMatrix, executor: Executor) -> BlockMatrix:
         (arXiv:0808.2664), section 3.
     """
     q = y
-    for _ in range(2):
+    for _ in range(passes):
         r = _cholesky(q.gram(executor))
         if r is None:
             return _tsqr(y, executor)

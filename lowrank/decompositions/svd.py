@@ -119,13 +119,13 @@ def _rayleigh_ritz(w: BlockMatrix, q: BlockMatrix, z: Tensor, rank: int, executo
     rotation = u_small[:, :rank].to(w.compute_dtype).contiguous()
     u = q.matmat(rotation, executor).to_tensor(executor)
     vh = (vh_small[:rank] @ v.T).to(w.compute_dtype)
-    return _fix_signs(u, s[:rank].to(w.compute_dtype), vh)
+    return fix_signs(u, s[:rank].to(w.compute_dtype), vh)
 
 
 def _lapack_svd(problem: Problem) -> Fit:
     u, s, vh = torch.linalg.svd(problem.matrix.to_tensor(problem.executor), full_matrices=False)
     rank, converged = _choose_exact(problem, s)
-    return svd_fit(_truncate(_fix_signs(u, s, vh), rank), s, 0, converged)
+    return svd_fit(_truncate(fix_signs(u, s, vh), rank), s, 0, converged)
 
 
 def _choose_exact(problem: Problem, s: Tensor) -> tuple[int, bool]:
@@ -147,7 +147,7 @@ def _gaussian(n: int, columns: int, seed: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(columns, n, generator=generator, dtype=torch.float64).T.to(dtype).contiguous()
 
 
-def _fix_signs(u: Tensor, s: Tensor, vh: Tensor) -> SVDFactors:
+def fix_signs(u: Tensor, s: Tensor, vh: Tensor) -> SVDFactors:
     """Make the largest entry of each column of U positive: an SVD is unique up to these signs."""
     largest = u.gather(0, u.abs().argmax(0, keepdim=True))[0]
     signs = torch.where(largest < 0, -1.0, 1.0).to(u.dtype)

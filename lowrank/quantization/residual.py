@@ -23,16 +23,19 @@ class SplitWeight:
 
     Attributes:
         name: of the tensor.
-        residual: Q in NF4.
+        shape: (m, n).
+        residual: Q in NF4, or None where L R replaces W.
         left: L (m, r) fp32, or None.
         right: R (r, n) fp32, or None exactly when `left` is.
         quantization_error: ‖W − Q − L R‖_F / ‖W‖_F; 0 for a zero matrix.
-        plain_error: ‖W − NF4(W)‖_F / ‖W‖_F, what plain NF4 would cost; never smaller than the above.
+        plain_error: ‖W − NF4(W)‖_F / ‖W‖_F, what plain NF4 would cost; never smaller than the above, but for
+            `replace`.
         fallback: whether the method was set aside for plain NF4, because it did worse on this tensor.
     """
 
     name: str
-    residual: NF4Tensor
+    shape: tuple[int, int]
+    residual: NF4Tensor | None
     left: Tensor | None
     right: Tensor | None
     quantization_error: float
@@ -40,11 +43,16 @@ class SplitWeight:
     fallback: bool = False
 
     def reconstruct(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Q + L R, (m, n), computed in fp32; the dtype of the original weight by default."""
-        values = self.residual.dequantize(torch.float32)
+        """Q + L R, (m, n), computed in fp32; the dtype of the original weight by default, fp32 where it is gone."""
+        values = torch.zeros(self.shape) if self.residual is None else self.residual.dequantize(torch.float32)
         if self.left is not None and self.right is not None:
             values = torch.addmm(values, self.left, self.right)
-        return values.to(dtype or self.residual.dtype)
+        return values.to(dtype or (torch.float32 if self.residual is None else self.residual.dtype))
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of Q."""
+        return 0 if self.residual is None else self.residual.nbytes
 
 
 #: NF4 with the block size and absmax format already chosen.
@@ -68,7 +76,7 @@ def split_weight(
         name: of the tensor, for messages.
         weight: W (m, n), any floating-point dtype, finite.
         factors: of W from `decompose`, in any form; needed by `qpissa`, ignored by `nf4`.
-        method: `nf4` (no low-rank part) or `qpissa`.
+        method: `nf4` (no low-rank part), `qpissa`, or `replace` (no residual).
         block_size: entries per absmax; see `quantize_nf4`.
         double_quant: store the absmax values in 8 bits.
         max_rank: largest rank of L R; factors whose low-rank form has a larger one are cut to the best of this rank.
@@ -91,7 +99,7 @@ def nf4(
     """Q = NF4(W), no low-rank part."""
     residual = quantizer(weight)
     error = _relative_error(weight.float(), residual.dequantize(torch.float32))
-    return SplitWeight(name, residual, None, None, error, error)
+    return SplitWeight(name, _sides(weight), residual, None, None, error, error)
 
 
 def qpissa(
@@ -109,19 +117,29 @@ def qpissa(
     # The residual stands in for W from here on, so it keeps W's dtype on record.
     residual = replace(quantizer(rest), dtype=weight.dtype)
     plain = nf4(name, weight, None, quantizer)
-    split = SplitWeight(name, residual, left, right, plain.plain_error, plain.plain_error)
+    split = SplitWeight(name, _sides(weight), residual, left, right, plain.plain_error, plain.plain_error)
     error = _relative_error(exact, split.reconstruct(torch.float32))
     if error > plain.plain_error:
         return replace(plain, fallback=True)
     return replace(split, quantization_error=error)
 
 
-#: Every quantization method by the name that `quantize.method` takes.
-METHODS: dict[str, QuantizationMethod] = {"nf4": nf4, "qpissa": qpissa}
+def replace_weight(
+    name: str, weight: Tensor, factors: Factors | None, quantizer: Quantizer, max_rank: int | None = None
+) -> SplitWeight:
+    """L and R of the factors instead of W, nothing quantized; `decompose.mode: replace`, to be healed by training."""
+    left, right = _fitting(name, weight, factors, max_rank)
+    error = _relative_error(weight.float(), left @ right)
+    plain = nf4(name, weight, None, quantizer).plain_error
+    return SplitWeight(name, _sides(weight), None, left, right, error, plain)
+
+
+#: Every quantization method by the name that `quantize.method` takes; `replace` goes with `decompose.mode`.
+METHODS: dict[str, QuantizationMethod] = {"nf4": nf4, "qpissa": qpissa, "replace": replace_weight}
 
 
 def _fitting(name: str, weight: Tensor, factors: Factors | None, max_rank: int | None) -> tuple[Tensor, Tensor]:
-    what = f"quantize {name} ({'x'.join(map(str, weight.shape))}) by qpissa"
+    what = f"split {name} ({'x'.join(map(str, weight.shape))}) into its factors and a rest"
     if factors is None:
         raise QuantizationError(f"{what}: no factors. Run decompose on this tensor, or set quantize.method: nf4.")
     fitted = factors.shape
@@ -132,6 +150,10 @@ def _fitting(name: str, weight: Tensor, factors: Factors | None, max_rank: int |
     except AdapterError as error:
         raise QuantizationError(f"{what}: {error} Set quantize.max_rank, or quantize.method: nf4.") from error
     return lora.b.float(), lora.a.float()
+
+
+def _sides(weight: Tensor) -> tuple[int, int]:
+    return weight.shape[0], weight.shape[1]
 
 
 def _relative_error(exact: Tensor, approximate: Tensor) -> float:

@@ -1,18 +1,20 @@
-"""decompose: every target weight becomes U, s, Vᴴ with a fit report, one tensor per unit.
+"""decompose: every target weight becomes factors with a fit report, one tensor (or one stack of them) per unit.
 
 A tensor of several row blocks spreads its blocks over the cluster from within its own task; the blocking follows from
 `block_bytes` alone and reductions run along a fixed tree, so the factors do not depend on where they were computed.
+With `stack`, equal-shaped weights are decomposed together as one tensor; each then gets its own slice as a unit.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.architecture import select_targets
+from cluster.architecture import LinearSpec, select_targets
 from cluster.artifacts import ShardSet
 from cluster.durable import UnitStore
 from lowrank.config import DecomposeConfig
@@ -23,15 +25,17 @@ from pipelines.stages.base import Context, Outcome, Stage
 if TYPE_CHECKING:
     from lowrank.blocks import BlockMatrix
     from lowrank.executor import Executor
+    from lowrank.factors import Decomposition, Factors
 
 
 @dataclass(frozen=True)
 class DecomposeJob:
-    """One tensor to decompose."""
+    """One tensor to decompose, or several of one shape on top of each other."""
 
     root: Path
     shards: Path
-    module: str
+    unit: str
+    modules: tuple[str, ...]
     config: DecomposeConfig
     use_ray: bool
     task_cpus: float
@@ -39,22 +43,24 @@ class DecomposeJob:
 
 def settings(config: PipelineConfig, sources: Sources) -> dict[str, Any]:
     """What decides the factors."""
-    return result_fields(config.decompose)
+    return {name: value for name, value in result_fields(config.decompose).items() if name != "mode"}
 
 
 def run(ctx: Context) -> Outcome:
-    """One unit per target tensor, largest first, and `index`."""
+    """One unit per target tensor or stack, largest first, the slices of stacks, and `index`."""
     shards = ShardSet(ctx.inputs["shard"])
     targets = select_targets(shards.architecture, ctx.config.decompose.target_modules)
-    largest_first = sorted(targets, key=lambda spec: (-spec.shape[0] * spec.shape[1], spec.name))
     config, cpus = ctx.config.decompose, ctx.config.cluster.task_cpus
     jobs = {
-        spec.name: DecomposeJob(ctx.store.root, shards.path, spec.name, config, ctx.use_ray, cpus)
-        for spec in largest_first
+        unit: DecomposeJob(ctx.store.root, shards.path, unit, modules, config, ctx.use_ray, cpus)
+        for unit, modules in groups(targets, config.stack)
     }
     ctx.run_units(decompose_unit, jobs, num_cpus=cpus, extra=1)
-    ctx.commit("index", partial(_write_index, ctx.store, [spec.name for spec in targets]))
-    reports = [ctx.store.read(spec.name).facts for spec in targets]
+    modules = [spec.name for spec in targets]
+    if config.stack:
+        ctx.run_units(slice_unit, {m: (job, m) for job in jobs.values() for m in job.modules}, num_cpus=cpus, extra=1)
+    ctx.commit("index", partial(_write_index, ctx.store, modules))
+    reports = [ctx.store.read(module).facts for module in modules]
     facts = {
         "num_tensors": len(targets),
         "mean_rank": sum(report["rank"] for report in reports) / len(reports),
@@ -63,51 +69,123 @@ def run(ctx: Context) -> Outcome:
         "num_blocks": sum(report["num_blocks"] for report in reports),
         "not_converged": sum(not report["converged"] for report in reports),
     }
-    return Outcome([*jobs, "index"], facts)
+    slices = modules if config.stack else []
+    return Outcome([*jobs, *slices, "index"], facts)
 
 
-STAGE = Stage("decompose", 1, ("shard",), settings, run, "shards -> U, s, Vᴴ per target tensor")
+STAGE = Stage("decompose", 2, ("shard",), settings, run, "shards -> factors per target tensor")
 
 
-def stored_matrix(shards: ShardSet, module: str, block_bytes: int) -> BlockMatrix:
-    """The weight of a layer as row blocks that are read where they are needed."""
+def groups(targets: Sequence[LinearSpec], stack: str | None) -> list[tuple[str, tuple[str, ...]]]:
+    """(unit, modules) of every decomposition, largest first.
+
+    Args:
+        targets: layers with their names and shapes.
+        stack: None decomposes each alone; `layers` stacks one projection of all layers, `projections` the equal-shaped
+            projections of one layer. A layer's number is the first integer in its name.
+    """
+    found: dict[str, list[LinearSpec]] = {}
+    for spec in targets:
+        found.setdefault(_group(spec, stack), []).append(spec)
+    sized = sorted(found.items(), key=lambda item: (-sum(s.shape[0] * s.shape[1] for s in item[1]), item[0]))
+    return [(unit, tuple(spec.name for spec in members)) for unit, members in sized]
+
+
+def _group(spec: LinearSpec, stack: str | None) -> str:
+    if stack is None:
+        return spec.name
+    parts = spec.name.split(".")
+    layer = next((index for index, part in enumerate(parts) if part.isdigit()), None)
+    shape = "x".join(map(str, spec.shape))
+    if stack == "layers":
+        return "stack." + ".".join("all" if index == layer else part for index, part in enumerate(parts)) + f".{shape}"
+    kept = parts if layer is None else parts[: layer + 1]
+    return f"stack.{'.'.join(kept)}.{shape}"
+
+
+def stored_matrix(shards: ShardSet, modules: Sequence[str], block_bytes: int) -> BlockMatrix:
+    """The weights of layers of one shape, on top of each other, as row blocks that are read where they are needed."""
     from lowrank.blocks import BlockMatrix
     from lowrank.checkpoint import DTYPES
 
-    tensor = shards.tensors[f"{module}.weight"]
-    pieces = shards.slices(tensor.name, 0, tensor.shape[0])
-    return BlockMatrix.from_slices(tensor.name, pieces, tensor.shape, DTYPES[tensor.dtype], block_bytes)
+    tensors = [shards.tensors[f"{module}.weight"] for module in modules]
+    pieces = [piece for tensor in tensors for piece in shards.slices(tensor.name, 0, tensor.shape[0])]
+    shape = (len(tensors) * tensors[0].shape[0], tensors[0].shape[1])
+    return BlockMatrix.from_slices(tensors[0].name, pieces, shape, DTYPES[tensors[0].dtype], block_bytes)
 
 
 def decompose_unit(job: DecomposeJob) -> None:
-    """Decompose one tensor and commit it."""
-    UnitStore(job.root).commit(job.module, partial(_decompose, job))
+    """Decompose one tensor, or one stack, and commit it."""
+    UnitStore(job.root).commit(job.unit, partial(_decompose, job))
+
+
+def slice_unit(part: tuple[DecomposeJob, str]) -> None:
+    """Commit one weight's share of a stack that is done."""
+    job, module = part
+    UnitStore(job.root).commit(module, partial(_write_slice, job, job.modules.index(module)))
 
 
 def _decompose(job: DecomposeJob, directory: Path) -> dict[str, Any]:
-    from safetensors.torch import save_file
-
-    from lowrank.decompositions import decompose
+    from lowrank.decompositions import METHODS, decompose
     from lowrank.rank import RankRule
 
     config = job.config
-    matrix = stored_matrix(ShardSet(job.shards), job.module, config.block_bytes)
-    rule = RankRule(rank=config.rank, energy=config.energy, error=config.error, max_rank=config.max_rank)
+    matrix = stored_matrix(ShardSet(job.shards), job.modules, config.block_bytes)
+    rule = None
+    if METHODS[config.method].max_rank is not None:
+        rule = RankRule(rank=config.rank, energy=config.energy, error=config.error, max_rank=config.max_rank)
     result = decompose(
         matrix,
         method=config.method,
         rule=rule,
         seed=config.seed,
         executor=_executor(job, len(matrix.blocks)),
-        **config.options,
+        **config.options | ({"depth": len(job.modules)} if config.stack else {}),
     )
+    return _write(result, job.unit, matrix, directory)
+
+
+def _write(result: Decomposition, name: str, matrix: BlockMatrix, directory: Path) -> dict[str, Any]:
+    from safetensors.torch import save_file
+
     result.factors.save(directory / "factors.safetensors")
     save_file({"spectrum": result.spectrum.contiguous()}, directory / "spectrum.safetensors")
     report = asdict(result.report)
     del report["seconds"]  # a time would make equal results look different
-    facts = report | {"module": job.module, "shape": list(matrix.shape), "num_blocks": len(matrix.blocks)}
+    facts = report | {"module": name, "shape": list(matrix.shape), "num_blocks": len(matrix.blocks)}
     (directory / "report.json").write_text(json.dumps(facts, sort_keys=True))
     return facts
+
+
+def _write_slice(job: DecomposeJob, index: int, directory: Path) -> dict[str, Any]:
+    """One weight's share of a stack: its own factors, its own error; the numbers of the stack shared out."""
+    import dataclasses
+
+    from lowrank.executor import SerialExecutor
+    from lowrank.factors import Decomposition, FitReport, load_factors
+
+    store, module = UnitStore(job.root), job.modules[index]
+    stack: Any = load_factors(store.path(job.unit) / "factors.safetensors")
+    known = store.read(job.unit).facts
+    report = FitReport(**{item.name: known.get(item.name, 0.0) for item in dataclasses.fields(FitReport)})
+    matrix = stored_matrix(ShardSet(job.shards), [module], job.config.block_bytes)
+    factors: Factors = stack.slice(index)
+    total = matrix.squared_norm(SerialExecutor())
+    error = (matrix.squared_residual(factors, SerialExecutor()) / total) ** 0.5 if total else 0.0
+    share = dataclasses.replace(
+        report,
+        relative_error=error,
+        explained_energy=1 - error**2,
+        num_parameters=-(-report.num_parameters // len(job.modules)),
+        history=(),
+    )
+    return _write(Decomposition(module, factors, share, _no_spectrum()), module, matrix, directory)
+
+
+def _no_spectrum() -> Any:
+    import torch
+
+    return torch.empty(0)
 
 
 def _executor(job: DecomposeJob, num_blocks: int) -> Executor:
@@ -133,5 +211,6 @@ def _write_index(store: UnitStore, modules: list[str], directory: Path) -> dict[
     for module in modules:
         values = load_file(store.path(module) / "spectrum.safetensors")["spectrum"].double()
         spectra += [{"module": module, "index": i, "sigma": sigma} for i, sigma in enumerate(values.tolist())]
-    pq.write_table(pa.Table.from_pylist(spectra), directory / "spectra.parquet")
+    schema = pa.schema([("module", pa.string()), ("index", pa.int64()), ("sigma", pa.float64())])
+    pq.write_table(pa.Table.from_pylist(spectra, schema), directory / "spectra.parquet")
     return {"num_tensors": len(modules)}

@@ -2,7 +2,8 @@
 
 Checkpoints are units of the same store, so a run that dies anywhere goes on from the last one. Units of the result:
 `train-tokens` (and `heldout-tokens` with `eval_every`), `adapter` (PEFT format, over the quantized base) and
-`plain-lora` (the same change as a LoRA of twice the rank over the original dense model).
+`plain-lora` (the same change as a LoRA of twice the rank over the original dense model; not under
+`decompose.mode: replace`, where the adapter is the layer).
 """
 
 from __future__ import annotations
@@ -36,11 +37,12 @@ def run(ctx: Context) -> Outcome:
     tune = ctx.config.finetune
     train_tokens, heldout_tokens = _prepare(ctx)
     source = ModelSource(shards=ctx.inputs["shard"], splits=ctx.inputs["quantize"], adapter=tune.adapter)
+    replaced = ctx.config.decompose.mode == "replace"
     base = {
         "name": ctx.config.model.source,
         "base_sha256": ctx.sources.model_sha256,
         "split_key": ctx.input_keys["quantize"],
-        "base": "nf4",
+        "base": "factors" if replaced else "nf4",
     }
     job = TrainJob(
         source=source,
@@ -54,8 +56,10 @@ def run(ctx: Context) -> Outcome:
         use_gpu=_has_gpu(ctx.use_ray),
     )
     outcome = train(job, on_progress=_reporter(ctx, _total_steps(tune, train_tokens)))
-    ctx.commit("plain-lora", partial(_export_plain, source, ctx.store.path("adapter"), tune.adapter, base), False)
-    units = ["train-tokens", *(["heldout-tokens"] if tune.eval_every else []), "adapter", "plain-lora"]
+    units = ["train-tokens", *(["heldout-tokens"] if tune.eval_every else []), "adapter"]
+    if not replaced:  # factors in W's place are no change of W
+        ctx.commit("plain-lora", partial(_export_plain, source, ctx.store.path("adapter"), tune.adapter, base), False)
+        units.append("plain-lora")
     facts = {
         "global_step": outcome.global_step,
         "epoch": outcome.epoch,

@@ -24,22 +24,22 @@ class QuantizeJob:
     shards: Path
     factors: Path
     module: str
+    method: str
     config: QuantizeConfig
 
 
 def settings(config: PipelineConfig, sources: Sources) -> dict[str, Any]:
     """What decides the packed bytes."""
-    return result_fields(config.quantize)
+    return result_fields(config.quantize) | {"mode": config.decompose.mode}
 
 
 def run(ctx: Context) -> Outcome:
     """One unit per target tensor, and `index`."""
     shards = ShardSet(ctx.inputs["shard"])
     modules = [spec.name for spec in select_targets(shards.architecture, ctx.config.decompose.target_modules)]
-    jobs = {
-        module: QuantizeJob(ctx.store.root, shards.path, ctx.inputs["decompose"] / "units", module, ctx.config.quantize)
-        for module in modules
-    }
+    config, factors = ctx.config.quantize, ctx.inputs["decompose"] / "units"
+    method = "replace" if ctx.config.decompose.mode == "replace" else config.method
+    jobs = {module: QuantizeJob(ctx.store.root, shards.path, factors, module, method, config) for module in modules}
     ctx.run_units(quantize_unit, jobs, num_cpus=ctx.config.cluster.task_cpus, extra=1)
     ctx.commit("index", partial(_write_index, ctx.store, modules))
     records = [ctx.store.read(module).facts for module in modules]
@@ -71,13 +71,13 @@ def _quantize(job: QuantizeJob, directory: Path) -> dict[str, Any]:
     config = job.config
     weight = ShardSet(job.shards).load(f"{job.module}.weight")
     factors = None
-    if config.method != "nf4":
+    if job.method != "nf4":
         factors = load_factors(job.factors / job.module / "factors.safetensors")
     split = split_weight(
         job.module,
         weight,
         factors,
-        config.method,
+        job.method,
         block_size=config.block_size,
         double_quant=config.double_quant,
         max_rank=config.max_rank,
@@ -91,7 +91,7 @@ def _quantize(job: QuantizeJob, directory: Path) -> dict[str, Any]:
         "quantization_error": split.quantization_error,
         "plain_error": split.plain_error,
         "fallback": split.fallback,
-        "packed_bytes": split.residual.nbytes,
+        "packed_bytes": split.packed_bytes,
         "factor_bytes": sum(part.numel() * part.element_size() for part in parts),
         "block_size": config.block_size,
         "double_quant": config.double_quant,

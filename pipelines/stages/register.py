@@ -104,6 +104,8 @@ def _write_bundle(
 ) -> dict[str, Any]:
     finetune = ctx.inputs["finetune"] / "units"
     for unit, name in (("adapter", "adapter"), ("plain-lora", "plain_lora")):
+        if not (finetune / unit).is_dir():
+            continue
         shutil.copytree(finetune / unit, directory / name, ignore=shutil.ignore_patterns("unit.json", "sidecar.json"))
     (directory / "lineage.json").write_text(json.dumps(dict(tags), indent=2, sort_keys=True))
     (directory / "evaluation.json").write_text(json.dumps(evaluation, indent=2, sort_keys=True))

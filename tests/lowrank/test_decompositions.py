@@ -25,17 +25,23 @@ from lowrank.factors import Decomposition
 from lowrank.rank import RankRule
 
 EXECUTOR = SerialExecutor()
-SHAPES = [(90, 60), (60, 90)]
+SHAPES = [(240, 160), (160, 240)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 #: One block, a few, and blocks with fewer rows than the basis has columns.
-BLOCKINGS = [None, 7_000, 1_000]
+BLOCKINGS = [None, 40_000, 6_000]
 RANK = 8
 #: Excess of the error over the optimum; two power iterations on σ_i = i^-1.
-EXCESS = {"exact_svd": 1e-6, "randomized_svd": 2e-3}
+EXCESS = {"exact_svd": 1e-6, "randomized_svd": 2e-3, "block_krylov": 1e-4, "one_pass": 1.0}
 
 SVDS = sorted(name for name, method in METHODS.items() if method.family == "svd")
 
+ADAPTIVE = [name for name in SVDS if "error" in METHODS[name].rules]
+
+#: Condition of the least-squares problems between W and its σ: a sketch is solved against Gaussian matrices.
+COND = {"one_pass": 100.0}
+
 every_method = pytest.mark.parametrize("method", SVDS)
+every_adaptive_method = pytest.mark.parametrize("method", ADAPTIVE)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 every_blocking = pytest.mark.parametrize("block_bytes", BLOCKINGS)
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -101,7 +107,8 @@ class TestLaws:
         for field in ("u", "s", "vh"):
             assert torch.equal(getattr(found.factors, field), getattr(again.factors, field))
         # σ_r − σ_{r+1} ≈ 0.014 here: the condition of a singular subspace is one over its gap.
-        torch.testing.assert_close(found.factors.s, whole.factors.s, rtol=tol(dtype), atol=tol(dtype))
+        near = tol(dtype, COND.get(method, 1))
+        torch.testing.assert_close(found.factors.s, whole.factors.s, rtol=near, atol=near)
         torch.testing.assert_close(
             found.factors.reconstruct(), whole.factors.reconstruct(), rtol=0, atol=tol(dtype, cond=100)
         )
@@ -119,7 +126,7 @@ class TestLaws:
         torch.testing.assert_close(found.factors.u.T @ found.factors.u, eye, rtol=0, atol=tol(dtype))
 
 
-@every_method
+@every_adaptive_method
 @every_blocking
 @pytest.mark.parametrize("bound", [0.5, 0.2, 1e-4, 0.0])
 def test_an_error_rule_is_met_by_a_rank_near_the_least(method: str, block_bytes: int | None, bound: float) -> None:
@@ -133,7 +140,7 @@ def test_an_error_rule_is_met_by_a_rank_near_the_least(method: str, block_bytes:
     assert found.report.converged
 
 
-@every_method
+@every_adaptive_method
 @pytest.mark.parametrize("seed", range(4))
 def test_an_error_bound_below_the_rounding_of_the_energy_is_met_too(method: str, seed: int) -> None:
     spectrum = 10 ** -torch.linspace(0, 20, 80, dtype=torch.float64)
@@ -143,7 +150,7 @@ def test_an_error_bound_below_the_rounding_of_the_energy_is_met_too(method: str,
     assert found.report.rank < 40
 
 
-@every_method
+@every_adaptive_method
 def test_an_energy_rule_is_the_error_rule_in_other_words(method: str) -> None:
     dense = power_law((200, 300), torch.float32)
     by_energy = run(dense, method, rule=RankRule(energy=0.99))
@@ -160,7 +167,7 @@ def test_a_growing_basis_keeps_what_it_found() -> None:
     assert ours.report.rank <= least.report.rank + 1
 
 
-@every_method
+@every_adaptive_method
 def test_max_rank_cuts_short_and_says_so(method: str) -> None:
     found = run(power_law((90, 60), torch.float32), method, rule=RankRule(error=0.01, max_rank=5))
     assert found.report.rank == 5
@@ -297,7 +304,7 @@ def test_messages_say_what_got_allowed_and_remedy() -> None:
     dense = torch.ones(4, 3)
     with pytest.raises(RankError, match=r"decompose w \(4x3\): rank 5 > min\(m, n\) = 3. Set decompose.rank <= 3."):
         run(dense, "exact_svd", rule=RankRule(rank=5))
-    with pytest.raises(DecompositionError, match=r"unknown method 'svd'.*exact_svd, randomized_svd"):
+    with pytest.raises(DecompositionError, match=r"unknown method 'svd'.*exact_svd, .*randomized_svd"):
         run(dense, "svd", rule=RankRule(rank=1))
     with pytest.raises(DecompositionError, match=r"n_iter = -1 < 0\. Set n_iter >= 0"):
         run(dense, "randomized_svd", rule=RankRule(rank=1), n_iter=-1)

@@ -146,6 +146,7 @@ def test_the_registered_version_loads_in_stock_peft(whole_line: Any, tmp_path: P
     assert logits_of(build_adapted(source, torch.float32, {"a": version / "adapter"})).isfinite().all()
 
 
+@pytest.mark.slow
 def test_a_worse_version_is_registered_but_the_champion_stays(whole_line: Any) -> None:
     config = with_changes(whole_line.config, decompose={"rank": 1}, finetune={"max_steps": 1, "learning_rate": 1e-3})
     result = run(config, quiet=True)

@@ -79,6 +79,16 @@ def assert_resumed(config: PipelineConfig, whole: Any, kills: dict[str, int]) ->
     assert summary["losses"] == pytest.approx(whole.result.summary["losses"], abs=1e-4)
 
 
+def test_killed_twice_no_unit_is_made_again(whole_line: Any, tmp_path: Path) -> None:
+    config = with_changes(whole_line.config, store={"path": str(tmp_path / "store")})
+    killed_in(config, "decompose")
+    killed_in(config, "quantize")
+    for stage in ("shard", "decompose"):
+        assert assert_nothing_done_twice(config, stage) <= (stage == "decompose") * MAX_IN_FLIGHT, stage
+        assert unit_hashes(config, stage) == unit_hashes(whole_line.config, stage), stage
+
+
+@pytest.mark.slow
 def test_killed_in_decompose_and_finetune_it_goes_on(whole_line: Any, tmp_path: Path) -> None:
     config = with_changes(whole_line.config, store={"path": str(tmp_path / "store")})
     killed_in(config, "decompose")
