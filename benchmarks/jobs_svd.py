@@ -304,7 +304,7 @@ def out_of_core() -> list[Row]:
             "<=",
             error_ours=relative,
             error_peer=optimum,
-            note=f"peak anonymous memory {peak / 1e9:.2f} GB in any process, {seconds:.0f} s; error of ours, of rank 32",
+            note=f"peak anonymous memory {peak / 1e9:.2f} GB , {seconds:.0f} s; error of ours, of rank 32",
         )
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def _decomposition_facts(made: Any) -> dict[str, str]:
     return {
         "family": made.family,
         "rules": ", ".join(sorted(made.rules)) or "-",
-        "options": ", ".join(made.options.__dataclass_fields__) or "-",
+        "options": ", ".join(item.name for item in dataclasses.fields(made.options)) or "-",
         "weights": "yes" if made.weighted else "no",
         "low-rank form": made.low_rank,
     }

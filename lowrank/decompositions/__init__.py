@@ -18,38 +18,20 @@ from lowrank.decompositions.registry import Method as Method
 from lowrank.decompositions.registry import Problem as Problem
 from lowrank.decompositions.registry import register as register
 from lowrank.decompositions.sketch import ONE_PASS
-from lowrank.decompositions.svd import exact_svd, randomized_svd, short_side, zero_svd
+from lowrank.decompositions.svd import EXACT_SVD, RANDOMIZED_SVD
 from lowrank.decompositions.tucker import TUCKER
-from lowrank.options import NoOptions, RandomizedOptions
 
-register(
-    Method(
-        name="exact_svd",
-        family="svd",
-        fit=exact_svd,
-        options=NoOptions,
-        zero=zero_svd,
-        max_rank=short_side,
-        summary="the optimum; LAPACK, or the fp64 Gram of the short side",
-    )
-)
-register(
-    Method(
-        name="randomized_svd",
-        family="svd",
-        fit=randomized_svd,
-        options=RandomizedOptions,
-        zero=zero_svd,
-        max_rank=short_side,
-        summary="subspace iteration with CholeskyQR2; for a rank well below min(m, n)",
-    )
-)
-register(ALS)
-register(BLOCK_KRYLOV)
-register(ONE_PASS)
-register(CP)
-register(TUCKER)
-register(HADAMARD)
-register(KRONECKER)
-register(KHATRI_RAO)
-register(KHATRI_RAO_LOW_RANK)
+for method in (
+    EXACT_SVD,
+    RANDOMIZED_SVD,
+    BLOCK_KRYLOV,
+    ONE_PASS,
+    ALS,
+    HADAMARD,
+    KRONECKER,
+    KHATRI_RAO,
+    KHATRI_RAO_LOW_RANK,
+    CP,
+    TUCKER,
+):
+    register(method)

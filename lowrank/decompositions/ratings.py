@@ -108,6 +108,7 @@ def fit_ratings(
         threads=threads,
     )
     rows, columns = (_Half(side, step, block_entries, executor) for side in (csr, csc))
+    placed = time.perf_counter()
     x, z, history, loss, converged = _alternate(rows, columns, _start(csr.shape[1], rank, seed), n_iter, tol)
     report = RatingsReport(
         rank=rank,
@@ -120,6 +121,7 @@ def fit_ratings(
         bytes_per_sweep=2 * (x.factors.nbytes + x.biases.nbytes + z.factors.nbytes + z.biases.nbytes),
         seed=seed,
         seconds=time.perf_counter() - began,
+        sweep_seconds=time.perf_counter() - placed,
     )
     return RatingsModel(step.mean, x.factors, x.biases, z.factors, z.biases, report)
 

@@ -33,6 +33,7 @@ class RatingsReport:
         bytes_per_sweep: factors that one sweep collects from the blocks and broadcasts to them.
         seed: of the start.
         seconds: wall time of the fit.
+        sweep_seconds: of that, the sweeps; the rest sorts the ratings by row and by column and places the blocks.
     """
 
     rank: int
@@ -45,6 +46,7 @@ class RatingsReport:
     bytes_per_sweep: int
     seed: int
     seconds: float
+    sweep_seconds: float
 
 
 @dataclass(frozen=True)

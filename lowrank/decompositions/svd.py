@@ -13,9 +13,10 @@ from torch import Tensor
 
 from lowrank.blocks import BlockMatrix
 from lowrank.decompositions.orthogonal import orthonormalize, orthonormalize_columns
-from lowrank.decompositions.registry import Fit, Problem
+from lowrank.decompositions.registry import Fit, Method, Problem
 from lowrank.executor import Executor
 from lowrank.factors import SVDFactors
+from lowrank.options import NoOptions, RandomizedOptions
 from lowrank.rank import resolvable_share
 
 #: Up to this short side, the fp64 Gram with eigh is faster than LAPACK's SVD in fp32.
@@ -156,3 +157,23 @@ def fix_signs(u: Tensor, s: Tensor, vh: Tensor) -> SVDFactors:
 
 def _truncate(f: SVDFactors, rank: int) -> SVDFactors:
     return SVDFactors(f.u[:, :rank].contiguous(), f.s[:rank].contiguous(), f.vh[:rank].contiguous())
+
+
+EXACT_SVD = Method(
+    name="exact_svd",
+    family="svd",
+    fit=exact_svd,
+    options=NoOptions,
+    zero=zero_svd,
+    max_rank=short_side,
+    summary="the optimum; LAPACK, or the fp64 Gram of the short side",
+)
+RANDOMIZED_SVD = Method(
+    name="randomized_svd",
+    family="svd",
+    fit=randomized_svd,
+    options=RandomizedOptions,
+    zero=zero_svd,
+    max_rank=short_side,
+    summary="subspace iteration with CholeskyQR2; for a rank well below min(m, n)",
+)

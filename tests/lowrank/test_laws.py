@@ -145,7 +145,7 @@ def test_non_finite_input_is_refused_by_name(method: str, bad: float, block_byte
 @every_method
 @pytest.mark.parametrize("values", [torch.zeros(0, 4), torch.ones(3, 3, dtype=torch.int64), torch.ones(4)], ids=str)
 def test_what_is_no_matrix_of_floats_is_refused(method: str, values: torch.Tensor) -> None:
-    with pytest.raises(DecompositionError, match="empty|floating-point|2 dimensions"):
+    with pytest.raises(DecompositionError, match=r"empty|floating-point|2 dimensions"):
         fit(method, values)
 
 
@@ -165,7 +165,7 @@ def test_an_unknown_option_is_refused(method: str) -> None:
 
 @every_method
 def test_weights_of_another_shape_or_for_another_method_are_refused(method: str) -> None:
-    with pytest.raises(DecompositionError, match="got weights, which it cannot use|the weights are 4x4"):
+    with pytest.raises(DecompositionError, match=r"got weights, which it cannot use|the weights are 4x4"):
         fit(method, dense(), weights=torch.ones(4, 4))
     if METHODS[method].weighted:
         with pytest.raises(NumericsError, match="a weight is negative"):

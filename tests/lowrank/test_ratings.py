@@ -1,6 +1,5 @@
 """Sparse ratings against dense least squares, planted factors and the path without a compiler."""
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -48,12 +47,12 @@ def dense_row(targets: NDArray[Any], z: NDArray[Any], ridge: float, bias_ridge: 
 
 
 @pytest.fixture(params=["compiled", "numpy"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "numpy":
         monkeypatch.setattr(sparse, "kernel", lambda: None)
     elif build.kernel() is None:
         pytest.skip("no C compiler")
-    yield request.param
+    return str(request.param)
 
 
 # ---- the half step ----------------------------------------------------------------------------------------------

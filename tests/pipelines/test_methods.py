@@ -124,3 +124,21 @@ def test_replace_trains_the_factors(tmp_path: Path) -> None:
     base["finetune"]["adapter"]["init"] = "kaiming"
     with pytest.raises(ConfigError, match=r"finetune\.adapter\.init: decompose\.mode 'replace' trains the factors"):
         parse(base)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_replaced_layers_are_healed(ray_head: Any, tmp_path: Path) -> None:
+    """From W to its factors alone, trained, evaluated and registered; the healed loss beats the one before."""
+    from pipelines import run
+
+    config = tiny_pipeline(tmp_path, ray_head, decompose={"mode": "replace"}, finetune={"epochs": 4})
+    result = run(config, quiet=True)
+    losses = result.summary["losses"]
+    assert losses["adapter"] < losses["nf4_init"]
+    facts = stage_units(config, "quantize").root
+    assert facts.is_dir()
+    assert not (stage_units(config, "finetune").root / "units" / "plain-lora").exists()
+    card = (stage_units(config, "register").root / "units" / "bundle" / "README.md").read_text()
+    assert "healed by training" in card
+    assert "plain_lora" not in card
