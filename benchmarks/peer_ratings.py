@@ -1,6 +1,6 @@
 """Fit ratings by a peer library, in the peers' own environment: one JSON request per line in, one answer per line out.
 
-A request holds `library`, `data` (npz with train_* and held_* rows, columns and values), `shape` and the library's own
+A request holds `library`, `data` (npz: `shape`, train_* and held_* rows, columns and values) and the library's own
 `settings`; the answer the seconds of the fit alone and the RMSE on the held-out entries.
 """
 
@@ -24,7 +24,7 @@ def main() -> None:
         request = json.loads(line)
         data = np.load(request["data"])
         fit = {"cmfrec": cmfrec, "lenskit": lenskit}[request["library"]]
-        seconds, predicted = fit(data, tuple(request["shape"]), request["settings"])
+        seconds, predicted = fit(data, tuple(map(int, data["shape"])), request["settings"])
         rmse = float(np.sqrt(np.mean((predicted - data["held_value"]) ** 2)))
         print(json.dumps({"seconds": seconds, "rmse": rmse}), flush=True)
 

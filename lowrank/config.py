@@ -16,7 +16,7 @@ EXECUTION = "execution"
 
 @dataclass(frozen=True, kw_only=True)
 class DecomposeConfig:
-    """Decomposition of every target tensor; set exactly one of `rank`, `energy` and `error` where the method has a rank."""
+    """Decomposition of every target; set exactly one of `rank`, `energy` and `error` where the method has a rank."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 

@@ -150,7 +150,7 @@ class KhatriRaoOptions:
     tol: float = 1e-6
     """Stop when a sweep lowers the relative error by less than this, >= 0."""
     padding: Literal["error", "zero"] = "error"
-    """What to do when m₁·…·m_L > m: refuse it, or pad with zeros (under weights, with missing entries) and cut again."""
+    """What to do when m₁·…·m_L > m: refuse it, or pad with zeros (missing entries under weights) and cut again."""
 
     def __post_init__(self) -> None:
         at_least(1, n_iter=self.n_iter, shape=None if self.shape is None else min(self.shape, default=0))

@@ -30,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     _add_pipeline_commands(commands)
     _add_store_commands(commands)
+    _add_spectrum(commands)
     return parser
 
 
@@ -83,6 +84,19 @@ def _add_store_commands(commands: argparse._SubParsersAction[argparse.ArgumentPa
             command.add_argument("--store", default="runs", help="directory of the store (default: runs)")
         if name == "ui":
             command.add_argument("--port", type=int, default=5000, help="port on loopback (default: 5000)")
+
+
+def _add_spectrum(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = _command(commands, "spectrum", "show singular values, stable ranks and energies of a model's weights")
+    command.add_argument("model", help="directory, .gguf file, package:NAME or hub:OWNER/NAME (model.source)")
+    command.add_argument("--out", default="spectrum.png", metavar="PNG", help="picture (default: spectrum.png)")
+    command.add_argument("--top", type=int, default=10, metavar="N", help="list N weights, 0 for all (default: 10)")
+    command.add_argument(
+        "--budget", type=float, metavar="SHARE", help="show the ranks for this share of the parameters, such as 0.25"
+    )
+    command.add_argument(
+        "--target", dest="targets", action="append", metavar="NAME", help="only these modules (default: all-linear)"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

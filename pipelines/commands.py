@@ -141,6 +141,25 @@ def methods(arguments: Namespace) -> int:
     return DONE
 
 
+def spectrum(arguments: Namespace) -> int:
+    """`rankline spectrum MODEL`: tables, a picture and, with a budget, ranks."""
+    from pipelines import spectrum as spectra
+    from pipelines import spectrum_view
+
+    out = Path(arguments.out).expanduser()
+    spectra.check_options(arguments.budget, arguments.top)
+    spectrum_view.check_picture(out)
+    weights = spectra.measure(arguments.model, arguments.targets or "all-linear", quiet=arguments.json)
+    report = spectra.report(arguments.model, weights, arguments.budget)
+    spectrum_view.picture(weights, out)
+    if arguments.json:
+        _json(report | {"picture": str(out)})
+    else:
+        spectrum_view.tables(report, arguments.top)
+        print(f"picture   {out}")
+    return DONE
+
+
 def doctor(arguments: Namespace) -> int:
     """`rankline doctor`: exit 0 when every check passes or only warns, else 2."""
     from pipelines import doctor as checks

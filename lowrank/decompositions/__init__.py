@@ -18,6 +18,7 @@ from lowrank.decompositions.registry import Method as Method
 from lowrank.decompositions.registry import Problem as Problem
 from lowrank.decompositions.registry import register as register
 from lowrank.decompositions.sketch import ONE_PASS
+from lowrank.decompositions.spectral import spectral_error as spectral_error
 from lowrank.decompositions.svd import EXACT_SVD, RANDOMIZED_SVD
 from lowrank.decompositions.tucker import TUCKER
 

@@ -13,7 +13,7 @@ from lowrank.blocks import Block, read_block
 from lowrank.decompositions.descent import Descent
 
 #: Entries of W that are worked on at a time: their fp64 Grams then stay small beside a block.
-_CHUNK_ENTRIES = 2**21
+_CHUNK_ENTRIES = 2**19
 
 
 @dataclass(frozen=True)
@@ -130,15 +130,29 @@ def _leading(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """u₁ (g, p) and u₁ᵀA = σ₁v₁ᵀ (g, q) of every matrix (g, p, q), from the fp64 Gram of its short side."""
     values = matrices.double()
     if values.shape[1] <= values.shape[2]:
-        u = torch.linalg.eigh(values @ values.mT).eigenvectors[:, :, -1]
+        u = _leading_vectors(values @ values.mT)
     else:
-        v = torch.linalg.eigh(values.mT @ values).eigenvectors[:, :, -1]
+        v = _leading_vectors(values.mT @ values)
         u = (values @ v[:, :, None]).squeeze(2)
         # Av = 0 only for A = 0: any unit vector will do then.
         u = torch.where((u == 0).all(1, keepdim=True), torch.eye(1, u.shape[1], dtype=u.dtype), u)
         u = u / torch.linalg.vector_norm(u, dim=1, keepdim=True)
     u = u * torch.where(u.gather(1, u.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0)
     return u.to(matrices.dtype), (u[:, None] @ values).squeeze(1).to(matrices.dtype)
+
+
+def _leading_vectors(grams: Tensor) -> Tensor:
+    """The eigenvector (g, p) of the largest eigenvalue of every symmetric matrix (g, p, p), on one thread.
+
+    Between thousands of tiny eigenproblems the threads of one would spend more on meeting than on work.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        vectors: Tensor = torch.linalg.eigh(grams).eigenvectors
+        return vectors[:, :, -1]
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _improve(factors: list[Tensor], mode: int, targets: Tensor, under: Tensor | None) -> None:

@@ -192,8 +192,8 @@ def _update(state: _State, j: int, mttkrp: Tensor) -> _State:
     """
     modes = state.modes
     v = _other_grams(modes, j)
-    # Below 1e-13 the Cholesky factorisation itself could fail.
-    shift = len(v) * max(torch.finfo(modes[j].dtype).eps, 1e-13)
+    # Well below the unit diagonal and above the rounding of the MTTKRP squared; at 1e-13 Cholesky itself is still safe.
+    shift = max(0.01 * torch.finfo(modes[j].dtype).eps, 1e-13)
     factor = torch.linalg.cholesky(v + shift * torch.eye(len(v), dtype=v.dtype))
     present = modes[j].double() * state.weights
     new = present + torch.cholesky_solve((mttkrp.double() - present @ v).T, factor).T

@@ -145,7 +145,7 @@ def _improve(
     after = found.equations.solve(ridge * target.columns, before)
     residual = found.residual
     if measured:
-        residual += _quadratic(found.equations, after) - _quadratic(found.equations, before)
+        residual -= _gain(found.equations, before, after)
     return found.left, after.T.contiguous(), max(0.0, residual)
 
 
@@ -178,23 +178,22 @@ def _block_step(
 
 
 def _squared_sum(values: Tensor) -> float:
-    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
+    return float(torch.linalg.vector_norm(values, dim=1).double().square().sum())
 
 
-def _quadratic(equations: NormalEquations, x: Tensor) -> float:
-    """Σ_i x_iᵀ G_i x_i − 2 b_iᵀ x_i in fp64: what the squared error depends on x by."""
-    pairs = pair_products(x.T.double())
-    doubled = torch.full((x.shape[1], x.shape[1]), 2.0, dtype=torch.float64).fill_diagonal_(1.0)
-    twice = doubled[tuple(torch.triu_indices(*doubled.shape))]
-    square = ((equations.grams * pairs).sum(0) * twice).sum()
-    return float(square - 2 * (equations.rhs.double() * x).sum())
+def _gain(equations: NormalEquations, before: Tensor, after: Tensor) -> float:
+    """How much Σ_i x_iᵀ G_i x_i − 2 b_iᵀ x_i, the squared error up to a constant, falls; differences first, in fp64."""
+    r = before.shape[1]
+    twice = torch.full((r, r), 2.0, dtype=torch.float64).fill_diagonal_(1.0)[tuple(torch.triu_indices(r, r))]
+    pairs = pair_products(before.T.double()) - pair_products(after.T.double())
+    square = (equations.grams * pairs).sum(0) @ twice
+    return float(square - 2 * (equations.rhs * (before.double() - after)).sum())
 
 
 def _even(a: Tensor, b: Tensor) -> Tensor:
     """t with t·a = b/t, and 1 where there is none."""
     ratio = (b.double() / a.double()).sqrt()
-    usable = (a > 0) & (b > 0) & torch.isfinite(ratio)
-    return torch.where(usable, ratio, 1.0).to(a.dtype)
+    return torch.where((a > 0) & (b > 0), ratio, 1.0).to(a.dtype)
 
 
 def _leading(target: Target, rank: int, seed: int, view: Any) -> tuple[Tensor, Tensor]:

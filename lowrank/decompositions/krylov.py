@@ -60,7 +60,7 @@ def block_krylov(problem: Problem) -> Fit:
         return exact_svd(problem)
     found, spectrum = _extract(problem, space)
     converged = rule.met(found.s, problem.total_energy)
-    return svd_fit(found, spectrum, len(space.pairs) - 1, converged)
+    return svd_fit(found, spectrum, len(space.products) - 1, converged)
 
 
 def _width(rank: int) -> int:
@@ -73,7 +73,7 @@ def _grow(problem: Problem, space: "_Space", steps: int) -> bool:
     limit, extra = min(problem.matrix.shape), _EXTRA_STEPS
     while True:
         space.step()
-        if len(space.pairs) >= steps:
+        if len(space.products) >= steps:
             if problem.rule.rank is not None:
                 return True
             if problem.rule.met(space.ritz_values(), problem.total_energy):
@@ -99,8 +99,10 @@ class _Space:
     width: int
     seed: int
     v: Tensor = field(init=False)
-    pairs: list[list[Ref]] = field(default_factory=list)
-    """Per step, per row block: (W_p V_j, W_pᵀ W_p V_j)."""
+    products: list[list[Ref]] = field(default_factory=list)
+    """Per step, per row block: Y_j = W_p V_j."""
+    up: Ref = None
+    """WᵀW V_j of the last step."""
     gram: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.float64))
 
     @property
@@ -119,14 +121,14 @@ class _Space:
     def step(self) -> None:
         """Multiply the newest block both ways, in one pass over W."""
         newest = self.executor.put(self.v[:, -self.width :].contiguous())
-        self.pairs.append(
-            list(self.executor.map(_both_products, self.w.blocks, repeat(newest), label=f"krylov {self.w.name}"))
-        )
+        both = self.executor.map(_both_products, self.w.blocks, repeat(newest), label=f"krylov {self.w.name}")
+        self.up = self.executor.reduce(_add_second, both, label=f"krylov {self.w.name}")
+        # Kept without the second halves, which are as wide as W.
+        self.products.append(list(self.executor.map(_first, both, label=f"krylov {self.w.name}")))
 
     def extend(self) -> None:
         """Add orth((I − VVᵀ) WᵀW V_j)."""
-        parts = self.executor.map(_second, self.pairs[-1], label=f"krylov {self.w.name}")
-        z: Tensor = self.executor.get(self.executor.reduce(add, parts))
+        z = _second(self.executor.get(self.up))
         scale = float(z.norm())
         z = z - self.v @ (self.v.T @ z)
         if float(z.norm()) <= 100 * torch.finfo(z.dtype).eps * scale:
@@ -146,7 +148,7 @@ class _Space:
         """YᵀY (size, size) in fp64, grown by the columns that are new since the last call."""
         known = self.gram.shape[0]
         if known < self.size:
-            parts = self.executor.map(_new_gram, *self.pairs, repeat(known), label=f"gram {self.w.name}")
+            parts = self.executor.map(_new_gram, *self.products, repeat(known), label=f"gram {self.w.name}")
             fresh: Tensor = self.executor.get(self.executor.reduce(add, parts))
             grown = torch.empty(self.size, self.size, dtype=torch.float64)
             grown[:known, :known] = self.gram
@@ -158,7 +160,7 @@ class _Space:
     def rotate(self, rotation: Tensor) -> BlockMatrix:
         """Y P in row blocks."""
         refs = self.executor.map(
-            _rotated, *self.pairs, repeat(self.executor.put(rotation)), label=f"rotate {self.w.name}"
+            _rotated, *self.products, repeat(self.executor.put(rotation)), label=f"rotate {self.w.name}"
         )
         return self.w.like(refs, rotation.shape[1])
 
@@ -204,25 +206,35 @@ def _both_products(block: Block, x: Tensor) -> tuple[Tensor, Tensor]:
     return y, z.T.contiguous()
 
 
-def _second(pair: tuple[Tensor, Tensor]) -> Tensor:
-    return pair[1]
+def _first(pair: tuple[Tensor, Tensor]) -> Tensor:
+    return pair[0]
 
 
-def _products(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    return torch.cat([read_block(pair[0]) for pair in pairs], dim=1)
+def _second(item: Any) -> Tensor:
+    """WᵀW V of a pair, or a sum of such already."""
+    found: Tensor = item[1] if isinstance(item, tuple) else item
+    return found
+
+
+def _add_second(left: Any, right: Any) -> Tensor:
+    return _second(left) + _second(right)
+
+
+def _side_by_side(products: Sequence[Tensor]) -> Tensor:
+    return torch.cat([read_block(product) for product in products], dim=1)
 
 
 def _new_gram(*arguments: Any) -> Tensor:
-    """Yᵀ Y[:, known:] of one row block, in fp64; the arguments are its pairs, then `known`."""
-    *pairs, known = arguments
-    y = _products(pairs).double()
+    """Yᵀ Y[:, known:] of one row block, in fp64; the arguments are its Y_j, then `known`."""
+    *products, known = arguments
+    y = _side_by_side(products).double()
     return y.T @ y[:, known:]
 
 
 def _rotated(*arguments: Any) -> Tensor:
-    """Y P of one row block; the arguments are its pairs, then P."""
-    *pairs, rotation = arguments
-    return _products(pairs) @ read_block(rotation)
+    """Y P of one row block; the arguments are its Y_j, then P."""
+    *products, rotation = arguments
+    return _side_by_side(products) @ read_block(rotation)
 
 
 BLOCK_KRYLOV = Method(

@@ -27,8 +27,6 @@ from lowrank.kernels.sparse import HalfStep, Side, SparseRows
 #: Above this rank three conjugate gradient steps from the last sweep cost less than a factorisation, for the same fit.
 _CHOLESKY_RANK = 16
 _CG_STEPS = 3
-#: Start of the factors: small, so that the first half step finds the biases.
-_START_SCALE = 0.1
 #: What rounding in fp32 may add to an objective: shares of itself and of Σ r².
 _SLACK, _FLOOR = 1e-5, 1e-11
 #: Larger ratings would overflow the fp32 normal matrices.
@@ -191,8 +189,9 @@ def _alternate(
 
 
 def _start(count: int, rank: int, seed: int) -> Side:
+    """Gaussian factors with rows of norm about 1, in fp64 draws."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(count, rank, generator=generator, dtype=torch.float64) * (_START_SCALE / rank**0.5)
+    drawn = torch.randn(count, rank, generator=generator, dtype=torch.float64) / rank**0.5
     return Side(drawn.to(torch.float32).numpy(), np.zeros(count, np.float32))
 
 

@@ -122,7 +122,7 @@ class LowRankKhatriRaoFactors(StructuredFactors):
         core = _chain_product(self.right, flat)
         for left in self.left:
             # Contracts the leading axis and appends its result, so that after L turns the order is back.
-            split = core.unflatten(1, (left.shape[1], core.shape[1] // left.shape[1]))
+            split = core.reshape(len(flat), left.shape[1], core.shape[1] // left.shape[1])
             core = (split.transpose(1, 2) @ left.T).flatten(1)
         return core[:, : self.rows].reshape(*x.shape[:-1], self.rows)
 

@@ -16,10 +16,12 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-_SOURCE = Path(__file__).with_name("rows.c")
+_DIRECTORY = Path(__file__).parent
+_SOURCES = ("packed.c", "ratings.c")
+_HEADERS = ("threads.h",)
 # Not -ffast-math: it would switch the whole process to flushing subnormal numbers.
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math")
-_SHARED = ("-shared", "-fPIC", "-std=gnu11")
+_SHARED = ("-shared", "-fPIC", "-std=gnu11", "-pthread")
 _COMPILE_S = 120
 _log = logging.getLogger(__name__)
 
@@ -48,7 +50,7 @@ def cache_directory() -> Path:
 
 
 def _load(compiler: str) -> ctypes.CDLL:
-    name = f"rows-{_key(compiler)}.so"
+    name = f"kernel-{_key(compiler)}.so"
     try:
         directory = cache_directory()
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -65,25 +67,25 @@ def _load(compiler: str) -> ctypes.CDLL:
 
 
 def _compile(compiler: str, path: Path) -> None:
-    """Write the library to `path` in one step; without OpenMP where the compiler has none."""
+    """Write the library to `path` in one step."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     os.close(handle)
     try:
-        command = [compiler, *_FLAGS, *_SHARED, "-o", temporary, str(_SOURCE), "-lm"]
-        if not _succeeds([*command, "-fopenmp"]):
-            subprocess.run(command, check=True, capture_output=True, timeout=_COMPILE_S)
+        command = [compiler, *_FLAGS, *_SHARED, "-o", temporary, *(str(_DIRECTORY / name) for name in _SOURCES), "-lm"]
+        subprocess.run(command, check=True, capture_output=True, timeout=_COMPILE_S)
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
 
 
-def _succeeds(command: list[str]) -> bool:
-    return subprocess.run(command, capture_output=True, timeout=_COMPILE_S, check=False).returncode == 0
-
-
 def _key(compiler: str) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=_COMPILE_S, check=True).stdout
-    parts = [_SOURCE.read_bytes(), version, _cpu(), " ".join((*_FLAGS, *_SHARED)).encode()]
+    parts = [
+        *((_DIRECTORY / name).read_bytes() for name in (*_SOURCES, *_HEADERS)),
+        version,
+        _cpu(),
+        " ".join((*_FLAGS, *_SHARED)).encode(),
+    ]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 

@@ -126,7 +126,7 @@ def slice_unit(part: tuple[DecomposeJob, str]) -> None:
 
 
 def _decompose(job: DecomposeJob, directory: Path) -> dict[str, Any]:
-    from lowrank.decompositions import METHODS, decompose
+    from lowrank.decompositions import METHODS, decompose, spectral_error
     from lowrank.rank import RankRule
 
     config = job.config
@@ -134,18 +134,20 @@ def _decompose(job: DecomposeJob, directory: Path) -> dict[str, Any]:
     rule = None
     if METHODS[config.method].max_rank is not None:
         rule = RankRule(rank=config.rank, energy=config.energy, error=config.error, max_rank=config.max_rank)
+    executor = _executor(job, len(matrix.blocks))
     result = decompose(
         matrix,
         method=config.method,
         rule=rule,
         seed=config.seed,
-        executor=_executor(job, len(matrix.blocks)),
+        executor=executor,
         **config.options | ({"depth": len(job.modules)} if config.stack else {}),
     )
-    return _write(result, job.unit, matrix, directory)
+    worst = spectral_error(matrix, result.factors, executor, seed=config.seed)
+    return _write(result, job.unit, matrix, directory, worst)
 
 
-def _write(result: Decomposition, name: str, matrix: BlockMatrix, directory: Path) -> dict[str, Any]:
+def _write(result: Decomposition, name: str, matrix: BlockMatrix, directory: Path, worst: float) -> dict[str, Any]:
     from safetensors.torch import save_file
 
     result.factors.save(directory / "factors.safetensors")
@@ -153,6 +155,7 @@ def _write(result: Decomposition, name: str, matrix: BlockMatrix, directory: Pat
     report = asdict(result.report)
     del report["seconds"]  # a time would make equal results look different
     facts = report | {"module": name, "shape": list(matrix.shape), "num_blocks": len(matrix.blocks)}
+    facts["spectral_error"] = worst
     (directory / "report.json").write_text(json.dumps(facts, sort_keys=True))
     return facts
 
@@ -161,6 +164,7 @@ def _write_slice(job: DecomposeJob, index: int, directory: Path) -> dict[str, An
     """One weight's share of a stack: its own factors, its own error; the numbers of the stack shared out."""
     import dataclasses
 
+    from lowrank.decompositions import spectral_error
     from lowrank.executor import SerialExecutor
     from lowrank.factors import Decomposition, FitReport, load_factors
 
@@ -179,7 +183,8 @@ def _write_slice(job: DecomposeJob, index: int, directory: Path) -> dict[str, An
         num_parameters=-(-report.num_parameters // len(job.modules)),
         history=(),
     )
-    return _write(Decomposition(module, factors, share, _no_spectrum()), module, matrix, directory)
+    worst = spectral_error(matrix, factors, SerialExecutor(), seed=job.config.seed)
+    return _write(Decomposition(module, factors, share, _no_spectrum()), module, matrix, directory, worst)
 
 
 def _no_spectrum() -> Any:

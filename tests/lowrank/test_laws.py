@@ -10,8 +10,10 @@ import torch
 from families import DTYPES, SAMPLES, SHAPE, dense, fit
 from tolerance import tol
 
-from lowrank.decompositions import METHODS
+from lowrank.blocks import BlockMatrix
+from lowrank.decompositions import METHODS, spectral_error
 from lowrank.errors import AdapterError, DecompositionError, NumericsError, RankError
+from lowrank.executor import SerialExecutor
 from lowrank.factors import load_factors
 from lowrank.options import METHOD_OPTIONS, RULES
 
@@ -107,6 +109,16 @@ def test_lora_is_exact_or_says_what_it_keeps(method: str, scaling: float) -> Non
     assert cut.retained_energy == pytest.approx(kept, abs=1e-7)
     lost = float((whole - scaling * cut.b @ cut.a).norm() / whole.norm())
     assert lost == pytest.approx(math.sqrt(max(1 - kept, 0)), abs=1e-6)
+
+
+@every_method
+@every_blocking
+def test_the_spectral_error_is_estimated_from_below(method: str, block_bytes: int | None) -> None:
+    values = dense(torch.float64)
+    factors = fit(method, values, block_bytes).factors
+    matrix = BlockMatrix.from_tensor("w", values, block_bytes)
+    truth = float(torch.linalg.matrix_norm(values - factors.reconstruct(), ord=2))
+    assert 0.9 * truth <= spectral_error(matrix, factors, SerialExecutor()) <= truth * (1 + 1e-9)
 
 
 @every_method
