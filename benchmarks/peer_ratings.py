@@ -24,17 +24,19 @@ def main() -> None:
         request = json.loads(line)
         data = np.load(request["data"])
         fit = {"cmfrec": cmfrec, "lenskit": lenskit}[request["library"]]
-        seconds, predicted = fit(data, tuple(map(int, data["shape"])), request["settings"])
+        seconds, predicted = fit(data, tuple(map(int, data["shape"])), request["settings"], request["seed"])
         rmse = float(np.sqrt(np.mean((predicted - data["held_value"]) ** 2)))
         print(json.dumps({"seconds": seconds, "rmse": rmse}), flush=True)
 
 
-def cmfrec(data: Any, shape: tuple[int, int], settings: dict[str, Any]) -> tuple[float, Any]:
+def cmfrec(data: Any, shape: tuple[int, int], settings: dict[str, Any], seed: int) -> tuple[float, Any]:
     """cmfrec.CMF on a sparse matrix, without the tables that only later predictions of new users need."""
     from cmfrec import CMF
     from scipy.sparse import coo_matrix
 
     matrix = coo_matrix((data["train_value"], (data["train_row"], data["train_column"])), shape=shape)
+    # cmfrec takes 0 for "no seed".
+    settings = settings | {"random_state": seed + 1}
     model = CMF(**settings, nthreads=THREADS, precompute_for_predictions=False, finalize_chol=False, verbose=False)
     began = time.perf_counter()
     model.fit(matrix)
@@ -42,7 +44,7 @@ def cmfrec(data: Any, shape: tuple[int, int], settings: dict[str, Any]) -> tuple
     return seconds, model.predict(data["held_row"], data["held_column"])
 
 
-def lenskit(data: Any, shape: tuple[int, int], settings: dict[str, Any]) -> tuple[float, Any]:
+def lenskit(data: Any, shape: tuple[int, int], settings: dict[str, Any], seed: int) -> tuple[float, Any]:
     """lenskit's BiasedMFScorer on a data set that is built outside the clock."""
     import pandas as pd
     from lenskit.als import BiasedMFScorer
@@ -55,7 +57,7 @@ def lenskit(data: Any, shape: tuple[int, int], settings: dict[str, Any]) -> tupl
     known = from_interactions_df(pd.DataFrame(table))
     scorer = BiasedMFScorer(**settings)
     began = time.perf_counter()
-    scorer.train(known, TrainingOptions(rng=0))
+    scorer.train(known, TrainingOptions(rng=seed))
     seconds = time.perf_counter() - began
     users, items = scorer.users.numbers(data["held_row"]), scorer.items.numbers(data["held_column"])
     products = np.einsum("ij,ij->i", scorer.user_embeddings[users], scorer.item_embeddings[items])

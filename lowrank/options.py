@@ -98,7 +98,7 @@ class HadamardOptions:
     """Stop when sweeps lower the relative error by less than this, >= 0."""
     ridge: float = 1e-5
     """λ ≥ 0 per observed entry of a row or column, with W in units of its root mean square. Without any, dense fits can
-    drift to huge factors that cancel; masked ones need 0.001 to 0.03."""
+    drift to huge factors that cancel; masked ones need about 0.001."""
     restarts: int = 0
     """Further random starts beside the one from √|W|, >= 0; the best is kept, by held-out error where there is one."""
     held_out: float = 0.0

@@ -70,9 +70,9 @@ class Target:
         """λ Σ_k (Σ_i p_i ‖c_k,i‖² + Σ_j p_j ‖d_k,j‖²)."""
         if self.ridge == 0:
             return 0.0
-        left = f.c1.double().square().sum(1) + f.c2.double().square().sum(1)
-        right = f.d1.double().square().sum(0) + f.d2.double().square().sum(0)
-        return self.ridge * float(self.rows @ left + self.columns @ right)
+        left = f.c1.square().sum(1) + f.c2.square().sum(1)
+        right = f.d1.square().sum(0) + f.d2.square().sum(0)
+        return self.ridge * float(self.rows @ left.double() + self.columns @ right.double())
 
 
 @dataclass(frozen=True)
@@ -102,17 +102,15 @@ def rebalance(f: HadamardFactors, rows: Tensor, columns: Tensor) -> HadamardFact
     (for components weighted by `rows` (m,) and `columns` (n,)) are the exact minimum along each of these lines, and
     the scalings are continuous in the factors, so that extrapolation through them keeps its meaning.
     """
-    c1, d1, c2, d2 = f.c1, f.d1, f.c2, f.d2
-    t = _even(c1.norm(dim=1), c2.norm(dim=1))[:, None]
-    c1, c2 = c1 * t, c2 / t
-    t = _even(d1.norm(dim=0), d2.norm(dim=0))
-    d1, d2 = d1 * t, d2 / t
-    root_rows, root_columns = rows.sqrt().to(c1.dtype)[:, None], columns.sqrt().to(c1.dtype)
-    balanced = []
-    for c, d in ((c1, d1), (c2, d2)):
-        t = _even((c * root_rows).norm(dim=0), (d * root_columns).norm(dim=1))
-        balanced += [c * t, d / t[:, None]]
-    return HadamardFactors(*balanced)
+    c, d = torch.stack([f.c1, f.c2]), torch.stack([f.d1, f.d2])
+    t = _even(*c.norm(dim=2))
+    c = c * torch.stack([t, 1 / t])[:, :, None]
+    t = _even(*d.norm(dim=1))
+    d = d * torch.stack([t, 1 / t])[:, None, :]
+    heavy = rows.sqrt().to(c.dtype)[:, None], columns.sqrt().to(c.dtype)
+    t = _even((c * heavy[0]).norm(dim=1), (d * heavy[1]).norm(dim=2))
+    c, d = c * t[:, None, :], d / t[:, :, None]
+    return HadamardFactors(c[0], d[0], c[1], d[1])
 
 
 def root_start(target: Target, rank: int, seed: int) -> HadamardFactors:

@@ -22,11 +22,10 @@ from lowrank.decompositions.registry import Fit, Method, Problem
 from lowrank.decompositions.svd import exact_svd, fix_signs, short_side, svd_fit, zero_svd
 from lowrank.executor import Executor, Ref
 from lowrank.factors import SVDFactors
+from lowrank.kernels import both_products
 from lowrank.options import KrylovOptions
 from lowrank.rank import resolvable_share
 
-#: Rows multiplied both ways before the next ones, so that the second product finds them in the cache.
-_PANEL = 512
 #: Block width of an energy or error rule, which names no rank.
 _FREE_BLOCK = 24
 #: Steps that an energy or error rule goes on after it is first met: Ritz values still rise, and the rank falls.
@@ -195,15 +194,8 @@ def _start(block: Block, rows: tuple[int, int], width: int, seed: int) -> Tensor
 
 
 def _both_products(block: Block, x: Tensor) -> tuple[Tensor, Tensor]:
-    """(W_p X, W_pᵀ W_p X), panel by panel."""
-    values, right = read_block(block), read_block(x)
-    y = torch.empty(values.shape[0], right.shape[1], dtype=values.dtype)
-    z = torch.zeros(right.shape[1], values.shape[1], dtype=values.dtype)
-    for start in range(0, values.shape[0], _PANEL):
-        panel = values[start : start + _PANEL]
-        product = torch.mm(panel, right, out=y[start : start + _PANEL])
-        z.addmm_(product.T, panel)
-    return y, z.T.contiguous()
+    """(W_p X, W_pᵀ W_p X)."""
+    return both_products(read_block(block), read_block(x))
 
 
 def _first(pair: tuple[Tensor, Tensor]) -> Tensor:

@@ -1,0 +1,42 @@
+"""The compiled walk gives the products that torch gives, and says nothing where there is no compiler."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lowrank.kernels import both_products, build, products
+from lowrank.kernels.products import _by_panels
+
+needs_compiler = pytest.mark.skipif(build.kernel() is None, reason="no C compiler")
+
+
+@needs_compiler
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(1, 70), st.integers(1, 90), st.sampled_from([8, 16, 24]), st.integers(1, 5))
+def test_both_products_are_those_of_torch(rows: int, n: int, width: int, threads: int) -> None:
+    generator = torch.Generator().manual_seed(rows * 100 + n)
+    w, x = torch.randn(rows, n, generator=generator), torch.randn(n, width, generator=generator)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        y, z = both_products(w, x)
+        again = both_products(w, x)
+    finally:
+        torch.set_num_threads(before)
+    exact_y = w.double() @ x.double()
+    exact_z = w.double().T @ exact_y
+    torch.testing.assert_close(y.double(), exact_y, rtol=0, atol=1e-5 * float(exact_y.abs().max()))
+    torch.testing.assert_close(z.double(), exact_z, rtol=0, atol=1e-5 * float(exact_z.abs().max()))
+    assert torch.equal(y, again[0])
+    assert torch.equal(z, again[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("width", [1, 7, 24, 40])
+def test_without_a_kernel_torch_multiplies(monkeypatch: pytest.MonkeyPatch, width: int, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(products, "kernel", lambda: None)
+    w, x = torch.randn(600, 50, dtype=dtype), torch.randn(50, width, dtype=dtype)
+    for got, expected in zip(both_products(w, x), (w @ x, w.T @ (w @ x))):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
+    assert _by_panels(w, x)[1].is_contiguous()
