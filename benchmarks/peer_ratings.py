@@ -35,7 +35,6 @@ def cmfrec(data: Any, shape: tuple[int, int], settings: dict[str, Any], seed: in
     from scipy.sparse import coo_matrix
 
     matrix = coo_matrix((data["train_value"], (data["train_row"], data["train_column"])), shape=shape)
-    # cmfrec takes 0 for "no seed".
     settings = settings | {"random_state": seed + 1}
     model = CMF(**settings, nthreads=THREADS, precompute_for_predictions=False, finalize_chol=False, verbose=False)
     began = time.perf_counter()

@@ -120,7 +120,7 @@ def draw_spectra(ax: Axes, group: Sequence[Layer], layers: Sequence[Layer]) -> N
         points = [(i + 1, sigma) for i, sigma in enumerate(layer.sigmas) if sigma > 0]
         if points:
             marker = "o" if len(points) == 1 else None
-            ax.plot(*zip(*points), color=_depth_colour(layer, layers), linewidth=0.9, marker=marker, markersize=3)
+            ax.plot(*zip(*points), color=depth_colour(layer, layers), linewidth=0.9, marker=marker, markersize=3)
     ranks = {layer.rank for layer in group}
     longest = max(len(layer.sigmas) for layer in layers)
     rank = ranks.pop() if len(ranks) == 1 else None
@@ -138,7 +138,7 @@ def draw_energy(ax: Axes, layers: Sequence[Layer]) -> None:
     """Explained energy at the chosen rank: a row of points per type, coloured by depth."""
     groups = by_kind([layer for layer in layers if layer.energy is not None])
     for row, group in enumerate(groups.values()):
-        colours = [_depth_colour(layer, layers) for layer in group]
+        colours = [depth_colour(layer, layers) for layer in group]
         ax.scatter([100 * (layer.energy or 0) for layer in group], [row] * len(group), c=colours, s=16, linewidths=0)
     ax.set_yticks(range(len(groups)), list(groups), parse_math=False)
     ax.set_ylim(len(groups) - 0.4, -0.6)
@@ -240,7 +240,7 @@ def _log_scale(ax: Axes, low: float, high: float) -> None:
     ax.yaxis.set_minor_locator(NullLocator())
 
 
-def _depth_colour(layer: Layer, layers: Sequence[Layer]) -> str:
+def depth_colour(layer: Layer, layers: Sequence[Layer]) -> str:
     """The colour of a layer's depth, on the ramp from the first depth to the last."""
     from matplotlib.colors import LinearSegmentedColormap, to_hex
 
@@ -249,7 +249,7 @@ def _depth_colour(layer: Layer, layers: Sequence[Layer]) -> str:
     return str(to_hex(LinearSegmentedColormap.from_list("depth", list(DEPTH_RAMP))(share)))
 
 
-def _finish(ax: Axes, title: str = "") -> None:
+def finish(ax: Axes, title: str = "") -> None:
     """The look that all charts share."""
     ax.set_facecolor("none")
     for side, spine in ax.spines.items():
@@ -274,7 +274,7 @@ def svg(draw: Callable[[Axes], None], name: str, label: str, size: tuple[float, 
     figure = Figure(figsize=size, layout="constrained")
     ax = figure.add_subplot()
     draw(ax)
-    _finish(ax)
+    finish(ax)
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "rankline"}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -330,7 +330,7 @@ def _png(path: Path, panels: Sequence[tuple[str, Callable[..., None]]], legend: 
     for index, (title, draw) in enumerate(panels):
         ax = figure.add_subplot(rows, columns, index + 1)
         draw(ax)
-        _finish(ax, title)
+        finish(ax, title)
         if legend and index == 0:
             ax.legend(frameon=False, fontsize=_FONT - 0.5, labelcolor=INK)
     figure.savefig(path, format="png", dpi=120, metadata={"Software": None})

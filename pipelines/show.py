@@ -27,7 +27,7 @@ def size(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
-def _table(title: str, *columns: str) -> Table:
+def new_table(title: str, *columns: str) -> Table:
     """A table whose first column is text and whose others are figures."""
     from rich import box
     from rich.table import Table
@@ -50,7 +50,7 @@ def _console() -> Console:
     return Console(highlight=False, markup=False)
 
 
-def _print(*parts: Any) -> None:
+def print_all(*parts: Any) -> None:
     """Tables, and sentences wrapped at words; text is never read as markup (messages hold brackets)."""
     console = _console()
     for part in parts:
@@ -75,7 +75,7 @@ def plan(result: dict[str, Any]) -> None:
     estimate = result["estimates"] or {}
     seconds, memory = estimate.get("seconds", {}), estimate.get("memory_bytes", {})
     key = f"  (run key {result['run_key']})" if result["run_key"] else ""
-    table = _table(f"{result['name']}{key}", "stage", "key", "state", "time ~", "memory ~")
+    table = new_table(f"{result['name']}{key}", "stage", "key", "state", "time ~", "memory ~")
     wide = _console().width >= WIDE
     if wide:
         _add_sentences(table)
@@ -87,14 +87,14 @@ def plan(result: dict[str, Any]) -> None:
         cells = [name, (stage["key"] or "")[:12], state, cost, room]
         table.add_row(*cells, *([Text(stage["summary"])] if wide else []))
     if result["run_key"]:
-        _print(table)
+        print_all(table)
     if estimate:
         todo = sum(seconds[s["name"]] for s in result["stages"] if not s["cached"]) + seconds["serve"]
-        _print(
+        print_all(
             f"about {hms(todo)} and {size(estimate['disk_bytes'])} of disk; rough: {_assumptions(estimate['assumed'])}"
         )
     for refusal in result["refusals"]:
-        _print(_marked("red", "refused: ", refusal))
+        print_all(_marked("red", "refused: ", refusal))
 
 
 def _assumptions(assumed: dict[str, Any]) -> str:
@@ -111,24 +111,26 @@ def result(outcome: RunResult) -> None:
     from pipelines.endpoint import curl
 
     summary = outcome.summary
-    stages = _table(f"{outcome.name}: {hms(outcome.seconds)}", "stage", "time", "units", "made now", "peak RSS")
+    stages = new_table(f"{outcome.name}: {hms(outcome.seconds)}", "stage", "time", "units", "made now", "peak RSS")
     for record in outcome.stages:
         state = "cached" if record.cached else hms(record.seconds)
         stages.add_row(record.name, state, str(record.units), str(record.units_done), size(record.peak_rss_bytes))
-    quality = _table("held-out rows", "model", "nats/token", "perplexity", "accuracy", "calibrated log-loss")
+    quality = new_table("held-out rows", "model", "nats/token", "perplexity", "accuracy", "calibrated log-loss")
     for variant in ("dense", "nf4", "nf4_init", "adapter"):
         cells = (summary["losses"][variant], summary["perplexity"][variant])
         accuracy, calibrated = summary["accuracy"][variant], summary["calibrated_log_loss"][variant]
         quality.add_row(variant, *(f"{v:.4f}" for v in cells), _percent(accuracy), _number(calibrated))
     if summary["accuracy"]["majority"] is not None:
         quality.add_row("majority class", "", "", _percent(summary["accuracy"]["majority"]), "")
-    _print(stages, quality, _sizes(summary))
+    print_all(stages, quality, _sizes(summary))
     for other in ("dense", "majority") if summary["gains"] else ():
         gain = summary["gains"][other]
         difference, low, high = (100 * gain[name] for name in ("difference", "low", "high"))
-        _print(f"adapter over {other}: {difference:+.1f} points of accuracy (95 % interval {low:+.1f} to {high:+.1f})")
+        print_all(
+            f"adapter over {other}: {difference:+.1f} points of accuracy (95 % interval {low:+.1f} to {high:+.1f})"
+        )
     registered = summary["registered"]
-    _print(f"registered {registered['name']} version {registered['version']}: {registered['reason']}")
+    print_all(f"registered {registered['name']} version {registered['version']}: {registered['reason']}")
     if outcome.endpoint:
         endpoint(outcome.endpoint, registered["name"], curl(outcome.endpoint, registered["name"]))
     _copyable(f"report    {outcome.directory / 'report.html'}")
@@ -165,15 +167,15 @@ def status(found: dict[str, Any]) -> None:
     """Runs, stages, cluster and endpoint."""
     for record in found["runs"]:
         driver = f" (driver {record['driver']})" if record["driver"] else ""
-        table = _table(f"{record['name']}  {record['status']}{driver}", "stage", "key", "state", "units", "time")
+        table = new_table(f"{record['name']}  {record['status']}{driver}", "stage", "key", "state", "units", "time")
         for stage in record["stages"]:
             seconds = hms(stage["seconds"]) if stage["seconds"] is not None else ""
             table.add_row(stage["name"], stage["key"][:12], stage["state"], str(stage["units"]), seconds)
-        _print(table)
+        print_all(table)
         if record.get("error"):
-            _print(_marked("red", "error: ", record["error"]))
+            print_all(_marked("red", "error: ", record["error"]))
     if not found["runs"]:
-        _print(f"no runs in {found['store']}")
+        print_all(f"no runs in {found['store']}")
     cluster = found["cluster"]
     _copyable(f"cluster   {cluster['address'] + '  ' + cluster['dashboard_url'] if cluster else 'not running'}")
     for point in found["endpoints"]:
@@ -184,12 +186,12 @@ def status(found: dict[str, Any]) -> None:
 def methods(found: dict[str, list[dict[str, str]]]) -> None:
     """What can be chosen."""
     for section, rows in found.items():
-        table = _table(section, "name")
+        table = new_table(section, "name")
         _add_sentences(table)
         for row in rows:
             facts = [f"{key} {row[key]}" for key in ("rules", "weights", "low-rank form") if key in row]
             table.add_row(row["name"], "; ".join([row["summary"], *facts]))
-        _print(table)
+        print_all(table)
 
 
 def doctor(found: list[dict[str, str]]) -> None:

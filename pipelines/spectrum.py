@@ -66,7 +66,7 @@ def measure(source: str, targets: str | Sequence[str] = "all-linear", quiet: boo
     architecture = _architecture(model)
     chosen = [spec.name for spec in select_targets(architecture, targets)]
     checkpoint = model.checkpoint()
-    stored = {rows.tensor: rows for rows in shard._resolve(checkpoint, architecture)}
+    stored = {rows.tensor: rows for rows in shard.resolve_rows(checkpoint, architecture)}
     kinds = layer_kinds(chosen)
     found = []
     with ProgressBoard(quiet) as board:
@@ -74,7 +74,7 @@ def measure(source: str, targets: str | Sequence[str] = "all-linear", quiet: boo
         stage.total(len(chosen))
         for name in chosen:
             rows = stored[f"{name}.weight"]
-            matrix = shard._read(checkpoint, rows, 0, rows.stop)
+            matrix = shard.read_rows(checkpoint, rows, 0, rows.stop)
             sigma = singular_values(f"{name}.weight", matrix)
             found.append(Weight(name, *kinds[name], (matrix.shape[0], matrix.shape[1]), sigma))
             stage.advance(note=name)

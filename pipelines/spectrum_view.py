@@ -25,11 +25,11 @@ def tables(report: Mapping[str, Any], top: int) -> None:
     """Types, the `top` weights of the smallest stable rank (0: all), and the allocation where there is one."""
     million = report["num_parameters"] / 1e6
     title = f"{report['model']}: {report['num_weights']} linear weights, {million:.1f} M numbers"
-    ranks = show._table(
+    ranks = show.new_table(
         f"{title}\nrank that explains", "type", "weights", "shape", *(f"{share:.0%}" for share in SHARES)
     )
     columns = ("stable rank", "from", "to", *map(str, RANKS))
-    energy = show._table("stable rank, and energy in % that these ranks explain", "type", *columns)
+    energy = show.new_table("stable rank, and energy in % that these ranks explain", "type", *columns)
     for kind, row in report["types"].items():
         shape = _times(row["shapes"][0]) if len(row["shapes"]) == 1 else "several"
         ranks.add_row(kind, str(row["count"]), shape, *(f"{value:.0f}" for value in row["rank_for"].values()))
@@ -37,10 +37,10 @@ def tables(report: Mapping[str, Any], top: int) -> None:
         energy.add_row(kind, *(f"{stable[part]:.1f}" for part in ("mean", "min", "max")), *_percents(row["energy"]))
     rows = sorted(report["weights"], key=lambda row: row["stable_rank"])[: top or None]
     head = "all weights" if len(rows) == report["num_weights"] else f"the {len(rows)} weights of smallest stable rank"
-    one = show._table(f"{head}, and their energy in %", "weight", "stable", *map(str, RANKS))
+    one = show.new_table(f"{head}, and their energy in %", "weight", "stable", *map(str, RANKS))
     for row in rows:
         one.add_row(row["name"], f"{row['stable_rank']:.1f}", *_percents(row["energy"]))
-    show._print(ranks, energy, "Means over the weights of a type; stable rank is ‖W‖²_F / ‖W‖²₂.", one)
+    show.print_all(ranks, energy, "Means over the weights of a type; stable rank is ‖W‖²_F / ‖W‖²₂.", one)
     if report["allocation"]:
         _allocation(report)
 
@@ -48,13 +48,13 @@ def tables(report: Mapping[str, Any], top: int) -> None:
 def _allocation(report: Mapping[str, Any]) -> None:
     found, uniform = report["allocation"], report["allocation"]["uniform"]
     title = f"ranks for {100 * found['budget']:g} % of the numbers ({found['num_parameters'] / 1e6:.2f} M)"
-    table = show._table(title, "type", "mean rank", "from", "to", "error of W")
+    table = show.new_table(title, "type", "mean rank", "from", "to", "error of W")
     for kind in report["types"]:
         names = [row["name"] for row in report["weights"] if row["type"] == kind]
         ranks = [found["ranks"][name] for name in names]
         error = sum(found["errors"][name] for name in names) / len(names)
         table.add_row(kind, f"{sum(ranks) / len(ranks):.1f}", str(min(ranks)), str(max(ranks)), f"{error:.4f}")
-    show._print(
+    show.print_all(
         table,
         f"predicted relative error over all weights {found['relative_error']:.4f}; rank {uniform['rank']} everywhere "
         f"({uniform['num_parameters'] / 1e6:.2f} M numbers) gives {uniform['relative_error']:.4f}",
@@ -99,7 +99,7 @@ def picture(weights: Sequence[Weight], path: Path) -> None:
     for index, (kind, group) in enumerate(groups):
         ax = figure.add_subplot(grid[index // _COLUMNS, index % _COLUMNS])
         plots.draw_spectra(ax, group, layers)
-        plots._finish(ax, kind)
+        plots.finish(ax, kind)
         if index == 0:
             _depth_key(ax, layers)
     for columns, title, draw in (
@@ -108,7 +108,7 @@ def picture(weights: Sequence[Weight], path: Path) -> None:
     ):
         ax = figure.add_subplot(grid[rows, columns])
         draw(ax, weights)
-        plots._finish(ax, title)
+        plots.finish(ax, title)
         ax.grid(draw is draw_energy_curves)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", dpi=110, metadata={"Software": None})
@@ -126,7 +126,7 @@ def _depth_key(ax: Axes, layers: Sequence[Layer]) -> None:
     marks = [depths[0], depths[len(depths) // 2], depths[-1]]
     for depth in dict.fromkeys(marks):
         layer = next(layer for layer in layers if layer.depth == depth)
-        ax.plot([], [], color=plots._depth_colour(layer, layers), linewidth=2, label=f"layer {depth}")
+        ax.plot([], [], color=plots.depth_colour(layer, layers), linewidth=2, label=f"layer {depth}")
     ax.legend(frameon=False, loc="lower left", fontsize=9.5, labelcolor=plots.INK, handlelength=1.2)
 
 

@@ -191,7 +191,7 @@ def _column_part(
         part = slice(low, low + size)
         rest = values[part] - x[part] @ basis
         weighted = under[part] * rest
-        loss = float((rest * weighted).sum(dtype=torch.float64))
+        loss = float((rest * weighted).sum(1).sum(dtype=torch.float64))
         penalty = float(step.shifts(counts[part]) @ x[part].double().square().sum(1))
         parts.append(_ColumnPart(column_equations(under[part], weighted, x[part, group]), loss, penalty))
     return reduce(operator.add, parts)

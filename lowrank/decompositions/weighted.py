@@ -54,8 +54,12 @@ class NormalEquations:
 
 def pair_products(basis: Tensor) -> Tensor:
     """Zᵀ•Zᵀ: the products z_a z_b, a ≤ b, of every column z of `basis` (r, n); returns (n, r(r+1)/2)."""
-    rows, columns = torch.triu_indices(len(basis), len(basis))
-    return (basis[rows] * basis[columns]).T
+    r, n = basis.shape
+    products, low = basis.new_empty(r * (r + 1) // 2, n), 0
+    for a in range(r):
+        torch.mul(basis[a], basis[a:], out=products[low : low + r - a])
+        low += r - a
+    return products.T
 
 
 def row_equations(weights: Tensor, targets: Tensor, basis: Tensor) -> NormalEquations:
@@ -77,8 +81,8 @@ def column_equations(weights: Tensor, targets: Tensor, left: Tensor) -> NormalEq
         targets: (rows, n), P∘A.
         left: (rows, r), the rows of X.
     """
-    # (pairsᵀ P)ᵀ: BLAS walks the wide block along its rows.
-    return NormalEquations((pair_products(left.T).T @ weights).T.contiguous(), (left.T @ targets).T.contiguous())
+    # (XᵀT)ᵀ: BLAS walks the wide block along its rows.
+    return NormalEquations(weights.T @ pair_products(left.T), (left.T @ targets).T.contiguous())
 
 
 def solve_rows(

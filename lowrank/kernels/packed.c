@@ -6,17 +6,23 @@
 
 #include "threads.h"
 
+/* a = U^T U in place of the upper triangle, row by row; 0 when a is not positive definite. */
 static int factor_f64(double *a, int64_t r) {
-    for (int64_t j = 0; j < r; j++) {
-        double *row = a + j * r;
-        if (!(row[j] > 0)) return 0;
-        const double inverse = 1.0 / sqrt(row[j]);
-        for (int64_t c = j; c < r; c++) row[c] *= inverse;
-        for (int64_t i = j + 1; i < r; i++) {
-            const double f = row[i];
-            double *below = a + i * r;
-            for (int64_t c = i; c < r; c++) below[c] -= f * row[c];
+    for (int64_t i = 0; i < r; i++) {
+        double *row = a + i * r;
+        int64_t p = 0;
+        for (; p + 4 <= i; p += 4) {
+            const double *u0 = a + p * r, *u1 = u0 + r, *u2 = u1 + r, *u3 = u2 + r;
+            const double f0 = u0[i], f1 = u1[i], f2 = u2[i], f3 = u3[i];
+            for (int64_t c = i; c < r; c++) row[c] -= (f0 * u0[c] + f1 * u1[c]) + (f2 * u2[c] + f3 * u3[c]);
         }
+        for (; p < i; p++) {
+            const double f = a[p * r + i];
+            for (int64_t c = i; c < r; c++) row[c] -= f * a[p * r + c];
+        }
+        if (!(row[i] > 0)) return 0;
+        const double inverse = 1.0 / sqrt(row[i]);
+        for (int64_t c = i; c < r; c++) row[c] *= inverse;
     }
     return 1;
 }

@@ -85,12 +85,12 @@ def split_weight(
         QuantizationError: when the method is unknown, needs factors that are not there or do not fit, or the
             weight is empty or not finite.
     """
-    if method not in METHODS:
+    if method not in _SPLITS:
         known = ", ".join(sorted(METHODS))
         raise QuantizationError(f"quantize {name}: unknown method {method!r}. Set quantize.method to one of: {known}.")
     check_weight(name, weight)
     quantizer = partial(quantize_nf4, block_size=block_size, double_quant=double_quant, name=name)
-    return METHODS[method](name, weight, factors, quantizer, max_rank)
+    return _SPLITS[method](name, weight, factors, quantizer, max_rank)
 
 
 def nf4(
@@ -134,8 +134,10 @@ def replace_weight(
     return SplitWeight(name, _sides(weight), None, left, right, error, plain)
 
 
-#: Every quantization method by the name that `quantize.method` takes; `replace` goes with `decompose.mode`.
-METHODS: dict[str, QuantizationMethod] = {"nf4": nf4, "qpissa": qpissa, "replace": replace_weight}
+#: Every quantization method by the name that `quantize.method` takes.
+METHODS: dict[str, QuantizationMethod] = {"nf4": nf4, "qpissa": qpissa}
+#: Those, and what `decompose.mode: replace` does instead.
+_SPLITS = METHODS | {"replace": replace_weight}
 
 
 def _fitting(name: str, weight: Tensor, factors: Factors | None, max_rank: int | None) -> tuple[Tensor, Tensor]:

