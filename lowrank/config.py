@@ -16,7 +16,7 @@ EXECUTION = "execution"
 
 @dataclass(frozen=True, kw_only=True)
 class DecomposeConfig:
-    """Decomposition of every target; set exactly one of `rank`, `energy` and `error` where the method has a rank."""
+    """Decomposition of every target; set one of `rank`, `energy`, `error` and `budget` where the method has a rank."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
@@ -42,8 +42,10 @@ class DecomposeConfig:
     """Smallest rank that keeps this share of ‖W‖²_F, in (0, 1]."""
     error: Annotated[float, Interval(ge=0, lt=1)] | None = None
     """Smallest rank whose relative Frobenius error is at most this, in [0, 1)."""
+    budget: Annotated[float, Interval(gt=0, le=1)] | None = None
+    """Share of the targets' numbers that all factors together may hold, in (0, 1]; spectra choose every rank."""
     max_rank: Annotated[int, Ge(1)] | None = None
-    """Upper bound of the rank that `energy` or `error` choose; null disables it."""
+    """Upper bound of the rank that `energy`, `error` or `budget` choose; null disables it."""
     options: dict[str, Any] = field(default_factory=dict)
     """The method's own options, for example `n_iter` and `oversampling` of `randomized_svd`."""
     stack: Literal["layers", "projections"] | None = None

@@ -246,3 +246,6 @@ RULES: dict[str, frozenset[str]] = {
     "cp": _FIXED,
     "tucker": _FIXED,
 }
+
+#: Methods of plain rank r(m + n), whose ranks a budget over the whole model can choose from spectra.
+BUDGETED = frozenset({"exact_svd", "randomized_svd", "block_krylov", "one_pass", "als"})

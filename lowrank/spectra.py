@@ -5,7 +5,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from lowrank.blocks import BlockMatrix
 from lowrank.errors import NumericsError
+from lowrank.executor import Executor
 
 #: Rows of the long side that are widened to fp64 at a time.
 _PIECE = 2048
@@ -39,6 +41,18 @@ def singular_values(name: str, matrix: Tensor) -> Tensor:
             "overflow. Repair the checkpoint."
         )
     squares: Tensor = torch.linalg.eigvalsh(gram)
+    return squares.clamp(min=0).flip(0).sqrt()
+
+
+def stored_singular_values(matrix: BlockMatrix, executor: Executor) -> Tensor:
+    """`singular_values` of a matrix in row blocks, (min(m, n),) in fp64; the Gram is summed over the blocks.
+
+    Raises:
+        NumericsError: when an entry is NaN or infinite.
+    """
+    matrix.squared_norm(executor)  # refuses non-finite entries by name
+    wide = matrix.shape[0] < matrix.shape[1]
+    squares: Tensor = torch.linalg.eigvalsh(matrix.row_gram(executor) if wide else matrix.gram(executor))
     return squares.clamp(min=0).flip(0).sqrt()
 
 

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from cluster.config import ClusterConfig, DataConfig, EvaluateConfig, FinetuneConfig, ServeConfig
 from lowrank.config import EXECUTION, STRICT, DecomposeConfig, QuantizeConfig
-from lowrank.options import METHOD_OPTIONS, RULES
+from lowrank.options import BUDGETED, METHOD_OPTIONS, RULES
 from pipelines.errors import ConfigError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -224,8 +224,9 @@ def _contradictions(config: PipelineConfig) -> Iterator[str]:
 
 def _decompose_problems(config: DecomposeConfig) -> Iterator[str]:
     """Options that the method does not know, and a rank rule that it cannot follow."""
-    given = [key for key in ("rank", "energy", "error") if getattr(config, key) is not None]
-    rules = RULES[config.method]
+    given = [key for key in ("rank", "energy", "error", "budget") if getattr(config, key) is not None]
+    plain = config.method in BUDGETED and config.stack is None
+    rules = RULES[config.method] | ({"budget"} if plain else set())
     if not rules and given:
         yield f"decompose.{given[0]}: {config.method} has no rank. Leave it out, or set it to null."
     elif rules and len(given) != 1:

@@ -199,10 +199,14 @@ def _column_part(
 
 def _gain(equations: NormalEquations, change: Tensor) -> float:
     """How much a change of the columns lowers the squared error: Σ_j 2 b_jᵀd_j − d_jᵀG_j d_j."""
-    rows, columns = torch.triu_indices(change.shape[1], change.shape[1])
-    products = change[:, rows] * change[:, columns] * torch.where(rows == columns, 1.0, 2.0).to(change.dtype)
-    linear = 2 * (equations.rhs * change).sum(dtype=torch.float64)
-    return float(linear - (equations.grams * products).sum(dtype=torch.float64))
+    r, low = change.shape[1], 0
+    gain = 2 * (equations.rhs * change).sum(dtype=torch.float64)
+    for a in range(r):
+        row = equations.grams[:, low : low + r - a]
+        across = 2 * torch.linalg.vecdot(row, change[:, a:]) - row[:, 0] * change[:, a]
+        gain -= (change[:, a] * across).sum(dtype=torch.float64)
+        low += r - a
+    return float(gain)
 
 
 def _groups(rank: int) -> list[slice]:

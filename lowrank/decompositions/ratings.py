@@ -157,7 +157,7 @@ def plan_entries(indptr: NDArray[Any], block_entries: int) -> list[int]:
 
     Example:
         >>> plan_entries(np.array([0, 3, 4, 4, 9]), block_entries=4)
-        [0, 2, 4]
+        [0, 1, 4]
     """
     count = max(1, -(-int(indptr[-1]) // block_entries))
     wanted = np.searchsorted(indptr, [part * int(indptr[-1]) / count for part in range(1, count)])

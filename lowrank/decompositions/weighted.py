@@ -81,8 +81,11 @@ def column_equations(weights: Tensor, targets: Tensor, left: Tensor) -> NormalEq
         targets: (rows, n), P∘A.
         left: (rows, r), the rows of X.
     """
+    r = left.shape[1]
+    # Into rows of its own: the solver reads one packed matrix at a time.
+    grams = torch.mm(weights.T, pair_products(left.T), out=left.new_empty(weights.shape[1], r * (r + 1) // 2))
     # (XᵀT)ᵀ: BLAS walks the wide block along its rows.
-    return NormalEquations(weights.T @ pair_products(left.T), (left.T @ targets).T.contiguous())
+    return NormalEquations(grams, (left.T @ targets).T.contiguous())
 
 
 def solve_rows(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +47,7 @@ def settings(config: PipelineConfig, sources: Sources) -> dict[str, Any]:
 
 
 def run(ctx: Context) -> Outcome:
-    """One unit per target tensor or stack, largest first, the slices of stacks, and `index`."""
+    """One unit per target tensor or stack, largest first, the slices of stacks, spectra for a budget, and `index`."""
     shards = ShardSet(ctx.inputs["shard"])
     targets = select_targets(shards.architecture, ctx.config.decompose.target_modules)
     config, cpus = ctx.config.decompose, ctx.config.cluster.task_cpus
@@ -55,6 +55,12 @@ def run(ctx: Context) -> Outcome:
         unit: DecomposeJob(ctx.store.root, shards.path, unit, modules, config, ctx.use_ray, cpus)
         for unit, modules in groups(targets, config.stack)
     }
+    spectra = [f"spectrum.{unit}" for unit in jobs] if config.budget else []
+    if config.budget:
+        ctx.run_units(spectrum_unit, {f"spectrum.{unit}": job for unit, job in jobs.items()}, num_cpus=cpus, extra=1)
+        ctx.commit("ranks", partial(_allocate, ctx.store, list(jobs.values()), config))
+        ranks = ctx.store.read("ranks").facts["ranks"]
+        jobs = {unit: replace(job, config=replace(config, rank=ranks[unit])) for unit, job in jobs.items()}
     ctx.run_units(decompose_unit, jobs, num_cpus=cpus, extra=1)
     modules = [spec.name for spec in targets]
     if config.stack:
@@ -70,7 +76,7 @@ def run(ctx: Context) -> Outcome:
         "not_converged": sum(not report["converged"] for report in reports),
     }
     slices = modules if config.stack else []
-    return Outcome([*jobs, *slices, "index"], facts)
+    return Outcome([*jobs, *slices, *spectra, *(["ranks"] if spectra else []), "index"], facts)
 
 
 STAGE = Stage("decompose", 2, ("shard",), settings, run, "shards -> factors per target tensor")
@@ -112,6 +118,42 @@ def stored_matrix(shards: ShardSet, modules: Sequence[str], block_bytes: int) ->
     pieces = [piece for tensor in tensors for piece in shards.slices(tensor.name, 0, tensor.shape[0])]
     shape = (len(tensors) * tensors[0].shape[0], tensors[0].shape[1])
     return BlockMatrix.from_slices(tensors[0].name, pieces, shape, DTYPES[tensors[0].dtype], block_bytes)
+
+
+def spectrum_unit(job: DecomposeJob) -> None:
+    """Commit all singular values of one tensor, for the ranks under a budget."""
+    UnitStore(job.root).commit(f"spectrum.{job.unit}", partial(_spectrum, job))
+
+
+def _spectrum(job: DecomposeJob, directory: Path) -> dict[str, Any]:
+    from safetensors.torch import save_file
+
+    from lowrank.spectra import stored_singular_values
+
+    matrix = stored_matrix(ShardSet(job.shards), job.modules, job.config.block_bytes)
+    sigma = stored_singular_values(matrix, _executor(job, len(matrix.blocks)))
+    save_file({"sigma": sigma}, directory / "spectrum.safetensors")
+    return {"module": job.unit, "shape": list(matrix.shape)}
+
+
+def _allocate(
+    store: UnitStore, jobs: Sequence[DecomposeJob], config: DecomposeConfig, directory: Path
+) -> dict[str, Any]:
+    """The ranks with the least total error at `budget`, every tensor's error relative to its own norm."""
+    from safetensors.torch import load_file
+
+    from lowrank.allocate import RankBounds, Spectrum, allocate_parameters
+
+    spectra = []
+    for job in jobs:
+        unit = f"spectrum.{job.unit}"
+        sigma = load_file(store.path(unit) / "spectrum.safetensors")["sigma"]
+        energy = float(sigma.square().sum())
+        m, n = store.read(unit).facts["shape"]
+        spectra.append(Spectrum(job.unit, (m, n), sigma, importance=1 / energy if energy else 1.0))
+    whole = sum(spectrum.shape[0] * spectrum.shape[1] for spectrum in spectra)
+    found = allocate_parameters(spectra, (config.budget or 1.0) * whole, RankBounds(max_rank=config.max_rank))
+    return {"ranks": found.ranks, "spent": found.spent, "budget": found.budget, "relative_error": found.relative_error}
 
 
 def decompose_unit(job: DecomposeJob) -> None:
@@ -162,8 +204,6 @@ def _write(result: Decomposition, name: str, matrix: BlockMatrix, directory: Pat
 
 def _write_slice(job: DecomposeJob, index: int, directory: Path) -> dict[str, Any]:
     """One weight's share of a stack: its own factors, its own error; the numbers of the stack shared out."""
-    import dataclasses
-
     from lowrank.decompositions import spectral_error
     from lowrank.executor import SerialExecutor
     from lowrank.factors import Decomposition, FitReport, load_factors
@@ -171,12 +211,12 @@ def _write_slice(job: DecomposeJob, index: int, directory: Path) -> dict[str, An
     store, module = UnitStore(job.root), job.modules[index]
     stack: Any = load_factors(store.path(job.unit) / "factors.safetensors")
     known = store.read(job.unit).facts
-    report = FitReport(**{item.name: known.get(item.name, 0.0) for item in dataclasses.fields(FitReport)})
+    report = FitReport(**{item.name: known.get(item.name, 0.0) for item in fields(FitReport)})
     matrix = stored_matrix(ShardSet(job.shards), [module], job.config.block_bytes)
     factors: Factors = stack.slice(index)
     total = matrix.squared_norm(SerialExecutor())
     error = (matrix.squared_residual(factors, SerialExecutor()) / total) ** 0.5 if total else 0.0
-    share = dataclasses.replace(
+    share = replace(
         report,
         relative_error=error,
         explained_energy=1 - error**2,

@@ -102,6 +102,8 @@ def test_a_form_without_a_low_rank_one_is_refused_with_a_remedy(tmp_path: Path) 
         ({"method": "khatri_rao"}, r"decompose\.rank: khatri_rao has no rank"),
         ({"method": "hadamard", "rank": None, "energy": 0.5}, r"decompose\.energy: hadamard cannot follow it"),
         ({"method": "cp"}, r"decompose\.stack: got None; cp and tucker need 'layers' or 'projections'"),
+        ({"budget": 0.5}, r"decompose: set exactly one of budget, energy, error, rank; got"),
+        ({"method": "hadamard", "rank": None, "budget": 0.5}, r"decompose\.budget: hadamard cannot follow it"),
         ({"stack": "layers"}, r"decompose\.stack: got 'layers'; cp and tucker need"),
         ({"method": "cp", "stack": "layers", "options": {"depth": 3}}, r"decompose\.options\.depth: follows from"),
         ({"options": {"colour": 1}}, r"decompose\.options\.colour: unknown setting"),
@@ -124,6 +126,21 @@ def test_replace_trains_the_factors(tmp_path: Path) -> None:
     base["finetune"]["adapter"]["init"] = "kaiming"
     with pytest.raises(ConfigError, match=r"finetune\.adapter\.init: decompose\.mode 'replace' trains the factors"):
         parse(base)
+
+
+def test_a_budget_over_the_whole_model_chooses_the_ranks(tmp_path: Path) -> None:
+    decompose = {"rank": None, "budget": 0.5, "max_rank": 6}
+    config = line(tmp_path, "exact_svd", decompose=decompose)
+    run_serially(config, "shard", "decompose")
+    store = stage_units(config, "decompose")
+    chosen = store.read("ranks").facts
+    assert chosen["spent"] <= chosen["budget"] == 0.5 * 6 * 16 * 24
+    assert chosen["spent"] > chosen["budget"] - (16 + 24), "one more rank would not fit"
+    reports = [store.read(module).facts for module in chosen["ranks"]]
+    assert [report["rank"] for report in reports] == list(chosen["ranks"].values())
+    assert all(1 <= report["rank"] <= 6 for report in reports)
+    error = (sum(report["relative_error"] ** 2 for report in reports) / len(reports)) ** 0.5
+    assert error == pytest.approx(chosen["relative_error"], rel=1e-4)
 
 
 @pytest.mark.slow
