@@ -8,7 +8,9 @@ fill the object store, and an exception surfaces as the type that the function r
 import functools
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from cluster.errors import ResourceError
@@ -48,14 +50,14 @@ class RayExecutor:
     ) -> None:
         fitting = _require_fit(num_cpus, memory_bytes)
         self.max_in_flight = max_in_flight or 2 * fitting
-        self._remote = _remote(num_cpus, memory_bytes, max_retries, spread)
+        self._remote = _remote(num_cpus, memory_bytes, max_retries, spread, _call_packed)
         self._pending: list[Ref] = []
 
     def put(self, value: Any) -> Ref:
         """Store `value` once in the cluster and return its ref."""
         import ray
 
-        return ray.put(value)
+        return ray.put(_pack(value))
 
     def map(self, fn: Callable[..., Any], *iterables: Iterable[Any], label: str = "") -> list[Ref]:
         """Submit one call of `fn` per tuple of elements; wait while `max_in_flight` are unfinished."""
@@ -74,9 +76,10 @@ class RayExecutor:
         import ray
 
         try:
-            return ray.get(refs)
+            found = ray.get(refs)
         except ray.exceptions.RayError as error:
             raise translate(error, "get the results of a map") from error
+        return [_unpack(value) for value in found] if isinstance(refs, list) else _unpack(found)
 
     def close(self) -> None:
         """Cancel what is unfinished; values stay alive as long as their refs."""
@@ -225,7 +228,43 @@ def _call(fn: Callable[..., Any], *arguments: Any) -> Any:
     return fn(*arguments)
 
 
-def _remote(num_cpus: float, memory_bytes: int | None, max_retries: int, spread: bool) -> Any:
+@dataclass(frozen=True)
+class _Array:
+    """A tensor on its way: Ray maps a numpy array from shared memory, but copies a tensor for every task."""
+
+    values: Any
+
+
+def _pack(value: Any) -> Any:
+    """Tensors of a value, or of a tuple, as arrays."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return value
+    if isinstance(value, tuple) and type(value) is tuple:
+        return tuple(_pack(item) for item in value)
+    if type(value) is torch.Tensor and value.device.type == "cpu" and value.dtype in (torch.float32, torch.float64):
+        return _Array(value.detach().contiguous().numpy())
+    return value
+
+
+def _unpack(value: Any) -> Any:
+    """What `_pack` packed; the memory is shared, and nobody may write to it."""
+    if isinstance(value, tuple) and type(value) is tuple:
+        return tuple(_unpack(item) for item in value)
+    if not isinstance(value, _Array):
+        return value
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(value.values)
+
+
+def _call_packed(fn: Callable[..., Any], *arguments: Any) -> Any:
+    return _pack(_call(fn, *(_unpack(argument) for argument in arguments)))
+
+
+def _remote(num_cpus: float, memory_bytes: int | None, max_retries: int, spread: bool, call: Any = _call) -> Any:
     import ray
 
     return ray.remote(
@@ -234,7 +273,7 @@ def _remote(num_cpus: float, memory_bytes: int | None, max_retries: int, spread:
         max_retries=max_retries,
         retry_exceptions=False,
         scheduling_strategy="SPREAD" if spread else "DEFAULT",
-    )(_call)
+    )(call)
 
 
 def _require_fit(num_cpus: float, memory_bytes: int | None) -> int:

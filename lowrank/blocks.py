@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lowrank.errors import CheckpointError, DecompositionError, NumericsError
-from lowrank.executor import Executor, Ref
+from lowrank.executor import Executor, Ref, tree_reduce
 from lowrank.factors import Factors
 
 #: 4 bytes per entry whatever the storage dtype: blocks are computed in fp32.
@@ -177,14 +177,14 @@ class BlockMatrix:
             NumericsError: when an entry is NaN or infinite.
         """
         parts = executor.map(partial(_squared_norm, name=self.name), self.blocks, label=f"norm {self.name}")
-        return float(_total(parts, executor))
+        return _sum(parts, executor)
 
     def squared_residual(self, factors: Factors, executor: Executor, weights: "BlockMatrix | None" = None) -> float:
         """‖W − Ŵ‖_F² in fp64, or ‖√P ∘ (W − Ŵ)‖_F² under weights P, block by block."""
         shared, rows = repeat(executor.put(factors)), pairwise(self.row_offsets)
         under = repeat(None) if weights is None else weights.blocks
         parts = executor.map(_squared_residual, self.blocks, rows, shared, under, label=f"residual {self.name}")
-        return float(_total(parts, executor))
+        return _sum(parts, executor)
 
     def mask(self, weights: "BlockMatrix", executor: Executor) -> "BlockMatrix":
         """W in the compute dtype with 0 in place of entries whose weight is 0.
@@ -198,7 +198,7 @@ class BlockMatrix:
     def weighted_squared_norm(self, weights: "BlockMatrix", executor: Executor) -> float:
         """‖√P ∘ W‖_F² in fp64."""
         parts = executor.map(_weighted_squared_norm, self.blocks, weights.blocks, label=f"norm {self.name}")
-        return float(_total(parts, executor))
+        return _sum(parts, executor)
 
     def to_tensor(self, executor: Executor) -> Tensor:
         """Gather the matrix in the compute dtype; meant for thin matrices and single blocks."""
@@ -295,6 +295,11 @@ def _cut(pieces: Sequence[TensorSlice], start: int, stop: int) -> tuple[TensorSl
 def _total(parts: Sequence[Ref], executor: Executor) -> Tensor:
     total: Tensor = executor.get(executor.reduce(operator.add, parts))
     return total
+
+
+def _sum(parts: Sequence[Ref], executor: Executor) -> float:
+    """Numbers are added here, along the same fixed tree: tasks would cost more than they do."""
+    return float(tree_reduce(executor.get(list(parts)), operator.add))
 
 
 def _matmat(block: Block, x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Truncated SVD from a block Krylov space of WᵀW, one pass over W per step.
 
-With V₀ = orth(WᵀG) each step reads every row block once, gives Y_j = W V_j and WᵀY_j together, and orthonormalises the
+With V₀ = orth(WᵀWΩ) each step reads every row block once, gives Y_j = W V_j and WᵀY_j together, and orthonormalises the
 latter against all earlier V: the products Y = W V of the whole basis are there at the end, and the SVD of Y is that of
 W V Vᵀ. A narrow block and many steps beat a wide block and few at equal cost; the basis grows until the rank rule is
 met, and nothing is started again.
@@ -8,7 +8,7 @@ met, and nothing is started again.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise, repeat
+from itertools import repeat
 from operator import add
 from typing import Any
 
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from lowrank.blocks import Block, BlockMatrix, read_block
 from lowrank.decompositions.gaussian import gaussian_rows
-from lowrank.decompositions.orthogonal import orthonormalize, orthonormalize_columns
+from lowrank.decompositions.orthogonal import orthonormalize, orthonormalize_block
 from lowrank.decompositions.registry import Fit, Method, Problem
 from lowrank.decompositions.svd import exact_svd, fix_signs, short_side, svd_fit, zero_svd
-from lowrank.executor import Executor, Ref
+from lowrank.executor import Executor, Ref, tree_reduce
 from lowrank.factors import SVDFactors
 from lowrank.kernels import both_products
 from lowrank.options import KrylovOptions
@@ -100,7 +100,7 @@ class _Space:
     v: Tensor = field(init=False)
     products: list[list[Ref]] = field(default_factory=list)
     """Per step, per row block: Y_j = W_p V_j."""
-    up: Ref = None
+    up: Tensor = field(init=False)
     """WᵀW V_j of the last step."""
     gram: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.float64))
 
@@ -109,34 +109,34 @@ class _Space:
         return self.v.shape[1]
 
     def __post_init__(self) -> None:
-        """V₀ = orth(WᵀG) for a standard normal G (m, width)."""
-        rows = list(pairwise(self.w.row_offsets))
-        parts = self.executor.map(
-            _start, self.w.blocks, rows, repeat(self.width), repeat(self.seed), label=f"krylov {self.w.name}"
-        )
-        first: Tensor = self.executor.get(self.executor.reduce(add, parts))
-        self.v = orthonormalize_columns(first)
+        """V₀ = orth(WᵀW Ω) for a standard normal Ω (n, width)."""
+        dtype = self.w.compute_dtype
+        self.v = gaussian_rows(0, self.w.shape[1], self.width, self.seed, dtype)
+        self.v = orthonormalize_block(self._multiply()[1])
 
     def step(self) -> None:
         """Multiply the newest block both ways, in one pass over W."""
+        products, self.up = self._multiply()
+        self.products.append([self.executor.put(product) for product in products])
+
+    def _multiply(self) -> tuple[list[Tensor], Tensor]:
+        """W_p V_j per row block, and WᵀW V_j; small enough for this process to add up, which spares tasks."""
         newest = self.executor.put(self.v[:, -self.width :].contiguous())
         both = self.executor.map(_both_products, self.w.blocks, repeat(newest), label=f"krylov {self.w.name}")
-        self.up = self.executor.reduce(_add_second, both, label=f"krylov {self.w.name}")
-        # Kept without the second halves, which are as wide as W.
-        self.products.append(list(self.executor.map(_first, both, label=f"krylov {self.w.name}")))
+        pairs: list[tuple[Tensor, Tensor]] = self.executor.get(list(both))
+        return [pair[0] for pair in pairs], tree_reduce([pair[1] for pair in pairs], add)
 
     def extend(self) -> None:
         """Add orth((I − VVᵀ) WᵀW V_j)."""
-        z = _second(self.executor.get(self.up))
+        z = self.up
         scale = float(z.norm())
         z = z - self.v @ (self.v.T @ z)
         if float(z.norm()) <= 100 * torch.finfo(z.dtype).eps * scale:
             # Only rounding is left: the space holds the whole row space of W, and any direction serves.
             z = gaussian_rows(0, z.shape[0], self.width, self.seed, z.dtype, stream=self.size)
-        for _ in range(2):
-            z = orthonormalize_columns(z)
-            z = z - self.v @ (self.v.T @ z)
-        self.v = torch.cat([self.v, orthonormalize_columns(z)], dim=1)
+        z = orthonormalize_block(z)
+        z = orthonormalize_block(z - self.v @ (self.v.T @ z))
+        self.v = torch.cat([self.v, z], dim=1)
 
     def ritz_values(self) -> Tensor:
         """σ of W V, non-increasing, from the Gram of Y; only its new columns are multiplied."""
@@ -188,28 +188,9 @@ def _extract(problem: Problem, space: _Space) -> tuple[SVDFactors, Tensor]:
     return fix_signs(left, s.to(dtype), vh.contiguous()), ritz.to(dtype)
 
 
-def _start(block: Block, rows: tuple[int, int], width: int, seed: int) -> Tensor:
-    values = read_block(block)
-    return (gaussian_rows(*rows, width, seed, values.dtype).T @ values).T.contiguous()
-
-
 def _both_products(block: Block, x: Tensor) -> tuple[Tensor, Tensor]:
     """(W_p X, W_pᵀ W_p X)."""
     return both_products(read_block(block), read_block(x))
-
-
-def _first(pair: tuple[Tensor, Tensor]) -> Tensor:
-    return pair[0]
-
-
-def _second(item: Any) -> Tensor:
-    """WᵀW V of a pair, or a sum of such already."""
-    found: Tensor = item[1] if isinstance(item, tuple) else item
-    return found
-
-
-def _add_second(left: Any, right: Any) -> Tensor:
-    return _second(left) + _second(right)
 
 
 def _side_by_side(products: Sequence[Tensor]) -> Tensor:

@@ -14,6 +14,8 @@ from lowrank.executor import Executor
 
 #: Largest condition estimate for which one fp64 Cholesky leaves an O(1)-conditioned basis.
 _MAX_CONDITION = 1e7
+#: The same for a basis that is not corrected again: orthonormal to 1e-8 and 1e-12.
+_LOCAL_CONDITION = {torch.float32: 1e4, torch.float64: 1e2}
 
 
 def orthonormalize(y: BlockMatrix, executor: Executor, passes: int = 2) -> BlockMatrix:
@@ -49,13 +51,26 @@ def orthonormalize_columns(z: Tensor) -> Tensor:
     return q.to(z.dtype)
 
 
-def _cholesky(gram: Tensor) -> Tensor | None:
+def orthonormalize_block(z: Tensor) -> Tensor:
+    """An orthonormal basis of a few columns of one local matrix, in the dtype of `z`.
+
+    One fp64 CholeskyQR where the condition allows that it ends at the rounding of `z`, else Householder QR.
+    """
+    wide = z.double()
+    r = _cholesky(wide.T @ wide, _LOCAL_CONDITION[z.dtype])
+    if r is None:
+        return orthonormalize_columns(z)
+    q: Tensor = torch.linalg.solve_triangular(r, wide, upper=True, left=False)
+    return q.to(z.dtype).contiguous()
+
+
+def _cholesky(gram: Tensor, limit: float = _MAX_CONDITION) -> Tensor | None:
     """Upper R with RᵀR = gram, or None when the Gram is too near singular to trust."""
     r: Tensor
     r, info = torch.linalg.cholesky_ex(gram, upper=True)
     pivots = r.diagonal().abs()
     # `not <` rather than `>=`: a NaN pivot must not pass.
-    if int(info) != 0 or not float(pivots.max()) < _MAX_CONDITION * float(pivots.min()):
+    if int(info) != 0 or not float(pivots.max()) < limit * float(pivots.min()):
         return None
     return r
 

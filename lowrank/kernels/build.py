@@ -21,7 +21,7 @@ _SOURCES = ("packed.c", "products.c", "ratings.c")
 _HEADERS = ("threads.h",)
 # Not -ffast-math: it would switch the whole process to flushing subnormal numbers.
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math")
-_SHARED = ("-shared", "-fPIC", "-std=gnu11", "-pthread")
+_SHARED = ("-shared", "-fPIC", "-std=gnu11", "-pthread", "-fopenmp")
 _COMPILE_S = 120
 _log = logging.getLogger(__name__)
 

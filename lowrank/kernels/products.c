@@ -1,7 +1,6 @@
 /* Y = W X and Z = WᵀY for a few columns in one walk over W: a group of rows is multiplied down and, while it still lies
    in the cache, up. BLAS walks W twice, and is far from its peak at such widths. */
 
-#include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -47,13 +46,11 @@ typedef struct Part {
 #define DEFINE_WALK(R, V)                                                                          \
     DEFINE_GROUP(R, V)                                                                             \
     DEFINE_GROUP(1, V)                                                                             \
-    static void *walk_##V(void *given) {                                                           \
-        const Part *p = given;                                                                     \
+    static void walk_##V(const Part *p) {                                                          \
         int64_t i = p->low;                                                                        \
         for (; i + R <= p->high; i += R)                                                           \
             group_##R##_##V(p->w + i * p->n, p->x, p->y + i * 8 * V, p->z, p->n);                  \
         for (; i < p->high; i++) group_1_##V(p->w + i * p->n, p->x, p->y + i * 8 * V, p->z, p->n); \
-        return NULL;                                                                               \
     }
 #define DEFINE(R, V) DEFINE_WALK(R, V) /* expands GROUP before it is pasted */
 
@@ -65,29 +62,22 @@ DEFINE(GROUP, 3)
    out evenly, and the parts of Z added in their order: the bits depend on `threads` alone. Nonzero: not done. */
 int both_products_f32(int64_t rows, int64_t n, int64_t width, const float *w, const float *x, float *y, float *z,
                       int threads) {
-    static void *(*const walks[])(void *) = {NULL, walk_1, walk_2, walk_3};
+    static void (*const walks[])(const Part *) = {NULL, walk_1, walk_2, walk_3};
     if (width % 8 || width < 8 || width > 24) return 1;
-    void *(*const walk)(void *) = walks[width / 8];
+    void (*const walk)(const Part *) = walks[width / 8];
     const int parts = threads < 1 ? 1 : threads > MOST_PARTS ? MOST_PARTS : threads;
     const size_t size = (size_t)n * (size_t)width;
     float *extra = parts > 1 ? calloc(size * (size_t)(parts - 1), sizeof *extra) : NULL;
     if (parts > 1 && !extra) return 1;
     memset(z, 0, size * sizeof *z);
     Part part[MOST_PARTS];
-    pthread_t ids[MOST_PARTS];
-    int started[MOST_PARTS] = {0};
     for (int k = 0; k < parts; k++)
         part[k] = (Part){w, x, y, k ? extra + size * (size_t)(k - 1) : z, rows * k / parts, rows * (k + 1) / parts, n};
-    for (int k = 1; k < parts; k++) started[k] = pthread_create(ids + k, NULL, walk, part + k) == 0;
-    walk(part);
-    for (int k = 1; k < parts; k++) {
-        if (started[k])
-            pthread_join(ids[k], NULL);
-        else
-            walk(part + k);
-        const float *more = part[k].z;
-        for (size_t i = 0; i < size; i++) z[i] += more[i];
-    }
+    /* OpenMP, because torch's own idle threads spin for a while: others would have to share the cores with them. */
+#pragma omp parallel for schedule(static, 1) num_threads(parts)
+    for (int k = 0; k < parts; k++) walk(part + k);
+    for (int k = 1; k < parts; k++)
+        for (size_t i = 0; i < size; i++) z[i] += part[k].z[i];
     free(extra);
     return 0;
 }
