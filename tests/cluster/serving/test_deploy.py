@@ -68,7 +68,7 @@ def test_openai_client_and_redeploy(deployed: Deployed) -> None:
         text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
         assert text == measured["text"]
         assert chunks[-1].usage == whole.usage
-        with client.completions.create(model=TWO, prompt="a", stream=True, max_tokens=8) as pieces:
+        with client.completions.create(model=TWO, prompt="a", temperature=0, stream=True, max_tokens=8) as pieces:
             assert [piece.choices[0].finish_reason for piece in pieces][-1] == "length"
         with pytest.raises(NotFoundError, match="does not exist"):
             client.chat.completions.create(model="none", **asked)
