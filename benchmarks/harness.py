@@ -20,6 +20,8 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 THREADS = 2
+#: Pause before every timed call: idle threads of another library's pool still spin for tens of milliseconds.
+_REST_S = 0.2
 #: A memory-keeping allocator for both sides: fresh pages cost more than many of the products that fill them.
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**28)}
 
@@ -55,6 +57,7 @@ def paired(calls: Mapping[str, Callable[[], Any]], repeats: int = 3) -> tuple[di
     found: dict[str, Any] = {}
     for _ in range(repeats):
         for name, call in calls.items():
+            time.sleep(_REST_S)
             began = time.perf_counter()
             found[name] = call()
             best[name] = min(best[name], time.perf_counter() - began)
