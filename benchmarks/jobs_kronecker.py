@@ -1,5 +1,4 @@
-"""Kronecker and Khatri-Rao products: against the SVD at equal numbers on real weights, against numpy on planted ones,
-and inpainting photographs."""
+"""Kronecker and Khatri-Rao products: against SVD at equal numbers on real weights, against numpy on planted ones."""
 
 from __future__ import annotations
 
@@ -17,8 +16,6 @@ RANK = 16
 LAYERS, TYPES = (0, 15, 29), ("q_proj", "up_proj", "down_proj")
 #: Near-square first factors of a 576-row or 1536-row weight.
 SQUARE = (24, 24)
-#: What an image fit is chosen from, on held-out observed pixels.
-SHAPES, TERMS, RANKS, RIDGES = ((64, 64), (32, 32)), (2, 4, 8, 12), (8, 16, 32), (1e-4, 1e-3, 1e-2)
 
 
 def fit(dense: Tensor, method: str, rank: int | None, weights: Tensor | None = None, **options: Any) -> Any:
@@ -153,49 +150,7 @@ def _columns(array: np.ndarray) -> np.ndarray:
     return (u[:, :, :1] * s[:, None, :1] @ vh[:, :1]).reshape(2048, 2048).T
 
 
-def inpainting() -> list[Row]:
-    """512² photographs with half of their pixels missing; every choice on a tenth of the observed ones held out."""
-    from skimage import data
-
-    rows = []
-    for name in ("brick", "moon", "camera"):
-        image = torch.from_numpy(getattr(data, name)().astype(np.float32) / 255)
-        generator = torch.Generator().manual_seed(0)
-        observed = (torch.rand(image.shape, generator=generator) < 0.5).float()
-        held = observed * (torch.rand(image.shape, generator=generator) < 0.1)
-        kronecker = [("kronecker", k, {"shape": s}) for s in SHAPES for k in TERMS]
-        als = [("als", k, {"ridge": ridge}) for k in RANKS for ridge in RIDGES]
-        ours, theirs = (_inpaint(image, observed, held, settings) for settings in (kronecker, als))
-        rows.append(
-            row(
-                f"Kronecker inpainting, {name} 512², 50 % missing",
-                "masked ALS, rank and ridge chosen alike",
-                ours[0] / theirs[0],
-                0,
-                error_ours=10 ** (-ours[0] / 20),
-                error_peer=10 ** (-theirs[0] / 20),
-                note=f"PSNR of missing pixels {ours[0]:.2f} dB by {ours[1]}, {theirs[0]:.2f} dB by {theirs[1]}",
-            )
-        )
-    return rows
-
-
-def _inpaint(image: Tensor, observed: Tensor, held: Tensor, settings: list[tuple[str, int, dict[str, Any]]]) -> Any:
-    """PSNR over the missing pixels with the setting that serves the held-out ones best, and that setting."""
-    level = float((image * (observed - held)).sum() / (observed - held).sum())
-
-    def psnr(known: Tensor, scored: Tensor, setting: tuple[str, int, dict[str, Any]]) -> float:
-        method, rank, options = setting
-        found = fit(image - level, method, rank, known, n_iter=30, tol=1e-5, **options).factors.reconstruct() + level
-        error = ((found.clamp(0, 1) - image).square() * scored).sum() / scored.sum()
-        return -10 * math.log10(float(error))
-
-    best = max(settings, key=lambda setting: psnr(observed - held, held, setting))
-    return psnr(observed, 1 - observed, best), f"{best[0]} {best[1]} {best[2]}"
-
-
 JOBS: dict[str, Callable[[], list[Row]]] = {
     "kronecker_real": real_weights,
     "kronecker_planted": planted,
-    "kronecker_inpainting": inpainting,
 }
