@@ -370,5 +370,7 @@ def test_a_damaged_or_unwritable_cache_is_no_obstacle(fresh: Path) -> None:
     assert load_again() is not None
     fresh.unlink()
     assert load_again() is not None
-    next(fresh.iterdir()).write_bytes(b"not a library")
+    library = next(fresh.iterdir())
+    library.unlink()  # a new file: this process has the old one mapped, and must not see it shrink
+    library.write_bytes(b"not a library")
     assert load_again() is not None
