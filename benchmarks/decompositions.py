@@ -12,7 +12,7 @@ from pathlib import Path
 
 from harness import keep_memory, main
 
-FAMILIES = ("svd", "als", "hadamard", "kronecker", "cp")
+FAMILIES = ("svd", "ratings", "als", "hadamard", "kronecker", "cp")
 PACKAGES = ["torch", "numpy", "scipy", "scikit-learn", "dask", "distributed", "ray", "tensorly", "scikit-image"]
 
 if __name__ == "__main__":
