@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from lowrank.adapters.lora import LoRA
+    from lowrank.adapters.base import Adapter
     from lowrank.config import AdapterConfig
+    from lowrank.quantization.residual import SplitWeight
 
 Variant = Literal["dense", "nf4", "nf4_init", "adapter"]
 
@@ -131,18 +133,32 @@ def build_adapted(source: ModelSource, dtype: torch.dtype, adapters: Mapping[str
 
     The first name is active.
     """
+    from lowrank.adapters.pairs import RESIDUAL
     from lowrank.adapters.peft_format import load_adapter
     from lowrank.inject import inject
 
     shards = ShardSet(source.shards)
     model = build_dense(shards, dtype, _nf4_layers(source) if source.base == "nf4" else None)
-    named: dict[str, dict[str, LoRA]] = {module: {} for module in SplitSet(source.splits).modules}
+    named: dict[str, dict[str, Adapter]] = {module: {} for module in SplitSet(source.splits).modules}
     for name, path in adapters.items():
         made = initial_adapters(source) if path is None else load_adapter(path)
         for module, adapter in made.items():
             named[module][name] = adapter
+    if source.adapter.init in RESIDUAL:
+        _subtract(model, initial_adapters(source))
     inject(model, named, next(iter(adapters)))
     return model.eval()
+
+
+def _subtract(model: nn.Module, initial: Mapping[str, Adapter]) -> None:
+    """Take out of a dense base what the initial adapters add (pissa, milora, olora)."""
+    import torch
+
+    with torch.no_grad():
+        for module, adapter in initial.items():
+            layer: Any = model.get_submodule(module)
+            # A new tensor: the present one may be a page of the checkpoint.
+            layer.weight = torch.nn.Parameter(layer.weight - adapter.delta_weight().to(layer.weight.dtype), False)
 
 
 def _nf4_layers(source: ModelSource) -> dict[str, nn.Module]:
@@ -176,16 +192,29 @@ def _bias(shards: ShardSet, module: str) -> Tensor | None:
     return shards.load(name).float() if name in shards.tensors else None
 
 
-def initial_adapters(source: ModelSource) -> dict[str, LoRA]:
-    """The adapter of every target before training (`finetune.adapter.init`)."""
-    from lowrank.adapters.split import initial_lora
+def initial_adapters(source: ModelSource) -> dict[str, Adapter]:
+    """The adapter of every target before training (`finetune.adapter.init`); the same on every call."""
+    from lowrank.adapters import registry
+    from lowrank.adapters.base import Layer
 
-    made: dict[str, LoRA] = {}
-    use_split = source.adapter.init == "split" and source.base == "nf4"
+    shards, use_split = ShardSet(source.shards), source.adapter.init == "split" and source.base == "nf4"
+    layers = []
     for index, (module, split) in enumerate(SplitSet(source.splits).items()):
-        left, right = (split.left, split.right) if use_split else (None, None)
-        made[module] = initial_lora(module, split.shape, left, right, source.adapter, index)
-    return made
+        pair = (split.left, split.right) if split.left is not None and split.right is not None else None
+        weight = partial(_base_weight, shards, split, source.base)
+        layers.append(Layer(module, split.shape, index, weight, pair if use_split else None))
+    return registry.initial_adapters(layers, source.adapter)
+
+
+def _base_weight(shards: ShardSet, split: SplitWeight, base: str) -> Tensor:
+    """W (m, n) fp32 as the frozen layer holds it."""
+    import torch
+
+    if base == "dense":
+        name = f"{split.name.removesuffix('.weight')}.weight"
+        tensor = shards.load(name).float()
+        return tensor.T.contiguous() if shards.tensors[name].transposed else tensor
+    return torch.zeros(split.shape) if split.residual is None else split.residual.dequantize(torch.float32)
 
 
 def generation_defaults(model: PreTrainedModel) -> dict[str, Any]:

@@ -171,9 +171,9 @@ def set_training(model: nn.Module, training: bool) -> None:
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    from lowrank.adapters.lora import LoRA
+    from lowrank.adapters.base import Adapter
 
     model.eval()
     for module in model.modules():
-        if isinstance(module, LoRA | GradientCheckpointingLayer):
+        if isinstance(module, Adapter | GradientCheckpointingLayer):
             module.training = training

@@ -11,10 +11,10 @@ from cluster.durable import write_json
 from cluster.errors import TrainError
 from cluster.tokens import TokenTable
 from cluster.train_job import ADAPTER_UNIT, OUTCOME_FILE, TrainJob, checkpoint_unit
-from cluster.training_state import Progress, adapters_of, load_tensors
+from cluster.training_state import Progress, adapters_of, load_tensors, trained_tensors
 
 if TYPE_CHECKING:
-    from lowrank.adapters.lora import LoRA
+    from lowrank.adapters.base import Adapter
 
 #: Relative difference of the probe's loss that saving and loading may cost.
 _RELOAD_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
@@ -34,7 +34,7 @@ def commit_adapter(job: TrainJob, outcome: dict[str, Any], probe: MicroBatch) ->
     write_json(job.root / OUTCOME_FILE, {**outcome, "kept_step": step})
 
     def write(directory: Path) -> dict[str, Any]:
-        trained = adapters_of(load_tensors(job.store, step), job.source.adapter)
+        trained = adapters_of(load_tensors(job.store, step), job.source)
         save_adapter(directory, trained, job.source.adapter, job.base_facts)
         loss = _check(job, directory, trained, kept, outcome["dtype"], probe)
         return {
@@ -42,26 +42,30 @@ def commit_adapter(job: TrainJob, outcome: dict[str, Any], probe: MicroBatch) ->
             "epoch": kept.epoch,
             "probe_loss": kept.probe_loss,
             "reloaded_probe_loss": loss,
-            "num_parameters": sum(t.numel() for adapter in trained.values() for t in adapter.tensors().values()),
+            "num_parameters": sum(t.numel() for t in trained_tensors(trained).values()),
         }
 
     job.store.commit(ADAPTER_UNIT, write)
 
 
 def _check(
-    job: TrainJob, directory: Path, trained: dict[str, LoRA], kept: Progress, dtype: str, probe: MicroBatch
+    job: TrainJob, directory: Path, trained: dict[str, Adapter], kept: Progress, dtype: str, probe: MicroBatch
 ) -> float:
-    """Shapes, a B that is not zero, and the loss on the fixed batch; that loss."""
+    """The tensors bit for bit, a change since the start, and the loss on the fixed batch; that loss."""
+    import torch
+
+    from cluster.model import initial_adapters
     from lowrank.adapters.peft_format import load_adapter
 
     loaded = load_adapter(directory)
     for module, adapter in trained.items():
-        found = loaded.get(module)
-        if found is None or found.lora_a.shape != adapter.lora_a.shape or found.lora_b.shape != adapter.lora_b.shape:
-            shape = None if found is None else (tuple(found.lora_a.shape), tuple(found.lora_b.shape))
-            raise _refusal(job, f"{module} has the shapes {shape} after loading")
-    if not any(bool(adapter.lora_b.detach().abs().max() > 0) for adapter in loaded.values()):
-        raise _refusal(job, "every B is zero")
+        found = loaded[module].tensors() if module in loaded else {}
+        for name, tensor in adapter.tensors().items():
+            if name not in found or not torch.equal(found[name], tensor):
+                raise _refusal(job, f"{module}.{name} is another tensor after loading")
+    start = trained_tensors(initial_adapters(job.source))
+    if all(torch.equal(tensor, start[name]) for name, tensor in trained_tensors(trained).items()):
+        raise _refusal(job, "training changed nothing")
     loss = _probe_loss(job, directory, dtype, probe)
     before = kept.probe_loss if kept.probe_loss is not None else loss
     if not abs(loss - before) <= _RELOAD_TOLERANCE[dtype] * max(1.0, abs(before)):

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from cluster.durable import UnitRecord, UnitStore
-    from lowrank.adapters.lora import LoRA
-    from lowrank.config import AdapterConfig
+    from cluster.model import ModelSource
+    from lowrank.adapters.base import Adapter
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE_FILE = "state.safetensors"
@@ -51,27 +51,36 @@ class Progress:
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that train, as `module:lora_a` and `module:lora_b`."""
+    """The parameters that train, as `module:name` (`lora_a`); what layers share once, under its first module."""
     from lowrank.inject import adapted_layers
 
-    return {
-        f"{module}:{name}": parameter
-        for module, layer in adapted_layers(model)
-        if layer.active is not None
-        for name, parameter in layer.adapters[layer.active].named_parameters()
-    }
+    active = {module: layer.adapters[layer.active] for module, layer in adapted_layers(model) if layer.active}
+    return trained_tensors(active)
 
 
-def adapters_of(tensors: Mapping[str, Tensor], config: AdapterConfig) -> dict[str, LoRA]:
-    """The adapter of every module, from a checkpoint's tensors."""
-    from lowrank.adapters.lora import LoRA
+def trained_tensors(adapters: Mapping[str, Any]) -> dict[str, nn.Parameter]:
+    """The trained parameters of adapters by `module:name`, each once."""
+    found: dict[str, nn.Parameter] = {}
+    known: set[int] = set()
+    for module, adapter in adapters.items():
+        for name, parameter in adapter.named_parameters():
+            if parameter.requires_grad and id(parameter) not in known:
+                known.add(id(parameter))
+                found[f"{module}:{name}"] = parameter
+    return found
 
-    modules = dict.fromkeys(name.rpartition(":")[0] for name in tensors if name.endswith((":lora_a", ":lora_b")))
-    made = {}
-    for module in modules:
-        a, b = tensors[f"{module}:lora_a"], tensors[f"{module}:lora_b"]
-        made[module] = LoRA(a, b, config.scaling(int(a.shape[0])), config.lora_dropout)
-    return made
+
+def adapters_of(tensors: Mapping[str, Tensor], source: ModelSource) -> dict[str, Adapter]:
+    """The adapter of every module, from a checkpoint's tensors: the initial ones with their trained values."""
+    import torch
+
+    from cluster.model import initial_adapters
+
+    adapters = initial_adapters(source)
+    with torch.no_grad():
+        for name, parameter in trained_tensors(adapters).items():
+            parameter.copy_(tensors[name])
+    return adapters
 
 
 def gather(engine: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

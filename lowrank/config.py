@@ -81,20 +81,24 @@ class AdapterConfig:
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     method: Literal["lora"] = "lora"
-    """Adapter family."""
+    """Adapter family; `rankline methods` lists them."""
     r: Annotated[int, Ge(1)] | None = None
     """Rank. Null takes the rank of the split (`init: split`) per tensor, else 16."""
     lora_alpha: Annotated[float, Gt(0)] = 16.0
     """α of the scaling s = α/r, or α/√r with `use_rslora`."""
     use_rslora: bool = False
     """Rank-stabilised scaling s = α/√r (arXiv 2312.03732)."""
+    rank_pattern: dict[str, Annotated[int, Ge(1)]] = field(default_factory=dict, hash=False)
+    """Ranks of single modules: regular expression of the end of a module's name -> r."""
+    alpha_pattern: dict[str, Annotated[float, Gt(0)]] = field(default_factory=dict, hash=False)
+    """α of single modules, likewise."""
     lora_dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input while training; 0 disables it."""
-    init: Literal["split", "kaiming"] = "split"
-    """`split` starts from the L and R that quantize kept (A Kaiming, B = 0 where it fell back), `kaiming` from zero."""
+    init: Literal["split", "kaiming", "gaussian", "orthogonal", "pissa", "milora", "olora"] = "split"
+    """`split` starts from the L and R that quantize kept (A Kaiming, B = 0 where it fell back). `kaiming` and
+    `gaussian` start at ΔW = 0. `pissa`, `milora` and `olora` take their pair out of a dense base. Families that are no
+    pair have a start of their own and read this as `kaiming`."""
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+    """The family's own options, for example `factor` of `lokr`."""
     seed: int = 0
-    """Seed of the Kaiming initialisation."""
-
-    def scaling(self, r: int) -> float:
-        """s = α/r, or α/√r with `use_rslora`."""
-        return self.lora_alpha / (r**0.5 if self.use_rslora else r)
+    """Seed of every random start."""

@@ -6,26 +6,48 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
-from lowrank.adapters.lora import LoRA
+from lowrank.adapters.base import Adapter
 from lowrank.errors import AdapterError
 
 
 class AdaptedLinear(nn.Module):
-    """A frozen base layer plus named adapters, of which one (or none) is active: y = base(x) + s·B·A·x."""
+    """A frozen base layer plus named adapters, of which one (or none) is active: y = (W + ΔW) x + b."""
 
-    def __init__(self, base: nn.Module, adapters: Mapping[str, LoRA], active: str | None) -> None:
+    def __init__(self, base: nn.Module, adapters: Mapping[str, Adapter], active: str | None) -> None:
         super().__init__()
         self.base = base
         self.adapters = nn.ModuleDict(dict(adapters))
         self.active = active
+        self._kept: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """y (..., m) for x (..., n)."""
         y: Tensor = self.base(x)
-        if self.active is None:
+        if self.active is None or self._kept is not None:
             return y
-        delta: Tensor = self.adapters[self.active](x)
-        return y + delta
+        changed: Tensor = self.adapters[self.active](x, y, self.base)
+        return changed
+
+    def merge(self) -> None:
+        """Add the active ΔW to a dense base, in fp32; `unmerge` gives the kept tensor back.
+
+        Raises:
+            AdapterError: the base is quantized, there is no active adapter, or it is merged already.
+        """
+        if not isinstance(self.base, nn.Linear) or self.active is None or self._kept is not None:
+            held = type(self.base).__name__ if not isinstance(self.base, nn.Linear) else "merged already or no adapter"
+            raise AdapterError(f"merge an adapter: {held}. Merge one active adapter into a dense base.")
+        weight = self.base.weight.detach()
+        adapter = self.adapters[self.active]
+        assert isinstance(adapter, Adapter)
+        merged = weight.float() + adapter.delta_weight(weight.float()).detach()
+        self._kept, self.base.weight = weight, nn.Parameter(merged.to(weight.dtype), requires_grad=False)
+
+    def unmerge(self) -> None:
+        """Undo `merge`, bit for bit."""
+        if self._kept is not None:
+            assert isinstance(self.base, nn.Linear)
+            self.base.weight, self._kept = nn.Parameter(self._kept, requires_grad=False), None
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -34,7 +56,7 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     setattr(model.get_submodule(parent) if parent else model, leaf, new)
 
 
-def inject(model: nn.Module, adapters: Mapping[str, Mapping[str, LoRA]], active: str | None) -> None:
+def inject(model: nn.Module, adapters: Mapping[str, Mapping[str, Adapter]], active: str | None) -> None:
     """Wrap the layer `name` of every `adapters[name][adapter_name]`; every other parameter is frozen.
 
     Raises:

@@ -18,6 +18,7 @@ from annotated_types import Ge
 from pydantic import TypeAdapter, ValidationError
 
 from cluster.config import ClusterConfig, DataConfig, EvaluateConfig, FinetuneConfig, ServeConfig
+from lowrank.adapter_options import ADAPTER_OPTIONS
 from lowrank.config import EXECUTION, STRICT, DecomposeConfig, QuantizeConfig
 from lowrank.options import BUDGETED, METHOD_OPTIONS, RULES
 from pipelines.errors import ConfigError
@@ -203,6 +204,7 @@ def _contradictions(config: PipelineConfig) -> Iterator[str]:
     if not _NAME.fullmatch(config.name):
         yield f"name: got {config.name!r}; allowed are 1 to 64 letters, digits, '.', '_', '-', not first a sign."
     yield from _decompose_problems(config.decompose)
+    yield from _adapter_problems(config)
     tune = config.finetune
     if tune.keep == "best" and tune.eval_every is None:
         yield "finetune.keep: 'best' needs finetune.eval_every."
@@ -239,11 +241,32 @@ def _decompose_problems(config: DecomposeConfig) -> Iterator[str]:
         yield f"decompose.stack: got {config.stack!r}; cp and tucker need 'layers' or 'projections', the others null."
     if "depth" in config.options:
         yield "decompose.options.depth: follows from decompose.stack. Leave it out."
+    yield from _option_problems(options, config.options, "decompose", "options")
+
+
+def _adapter_problems(config: PipelineConfig) -> Iterator[str]:
+    """Options that the family does not know, patterns that are no regular expression, starts that the base has not."""
+    adapter = config.finetune.adapter
+    yield from _option_problems(ADAPTER_OPTIONS[adapter.method], adapter.options, "finetune", "adapter", "options")
+    for field_name in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(adapter, field_name):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                yield f"finetune.adapter.{field_name}: {pattern!r} is no regular expression ({error})."
+    if adapter.init in ("pissa", "milora", "olora"):
+        yield (
+            f"finetune.adapter.init: {adapter.init!r} takes its pair out of a dense base. Over NF4 set decompose.rank, "
+            "quantize.method 'qpissa' and init 'split'."
+        )
+
+
+def _option_problems(options: Any, given: dict[str, Any], *path: str) -> Iterator[str]:
     try:
-        TypeAdapter(options).validate_python(config.options)
+        TypeAdapter(options).validate_python(given)
     except ValidationError as error:
         for item in error.errors(include_url=False):
-            yield _problem(item | {"loc": ("decompose", "options", *item["loc"])})
+            yield _problem(item | {"loc": (*path, *item["loc"])})
 
 
 def result_fields(config: Any) -> dict[str, Any]:

@@ -5,57 +5,97 @@ Source: Hu et al., arXiv 2106.09685, eq. 3; Kalajdzievski, arXiv 2312.03732, eq.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lowrank.adapters.base import Adapter, Export, Layer
+from lowrank.adapters.pairs import initial_pair
+from lowrank.adapters.settings import dropout_of, scaling_from
+from lowrank.config import AdapterConfig
 from lowrank.errors import AdapterError
 
 
-class LoRA(nn.Module):
-    """The trained pair (A, B) of one layer; `forward` is its contribution s·B·A·x, never ΔW."""
+class LoRA(Adapter):
+    """ΔW = s·B·A."""
+
+    peft_type: ClassVar[str] = "LORA"
+    prefix: ClassVar[str] = "lora_"
+    export: ClassVar[Export] = "exact"
+    takes_split: ClassVar[bool] = True
 
     def __init__(self, a: Tensor, b: Tensor, scaling: float, dropout: float = 0.0) -> None:
         """Args: a: (r, n). b: (m, r). scaling: s. dropout: on the input while training, in [0, 1)."""
-        super().__init__()
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
             raise AdapterError(
                 f"LoRA factors do not fit: A is {tuple(a.shape)}, B is {tuple(b.shape)}; "
                 "allowed are A (r, n) and B (m, r) with the same r."
             )
+        super().__init__((b.shape[0], a.shape[1]), scaling, dropout)
         self.lora_a = nn.Parameter(a)
         self.lora_b = nn.Parameter(b)
-        self.scaling = scaling
-        self.dropout = dropout
 
     @classmethod
-    def kaiming(cls, m: int, n: int, r: int, scaling: float, generator: torch.Generator) -> LoRA:
-        """A ~ U(−1/√n, 1/√n) (Kaiming with a = √5), B = 0: the update starts at exactly zero."""
-        bound = 1.0 / math.sqrt(n)
-        a = torch.rand(r, n, generator=generator) * (2 * bound) - bound
-        return cls(a, torch.zeros(m, r), scaling)
+    def initial(cls, layer: Layer, config: AdapterConfig) -> Self:
+        """A and B by `config.init`; see `initial_pair`."""
+        a, b, scaling = initial_pair(layer, config)
+        return cls(a, b, scaling, config.lora_dropout)
 
     @property
     def r(self) -> int:
         """Rank."""
         return int(self.lora_a.shape[0])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def delta(self, x: Tensor) -> Tensor:
         """s·B·A·x for x (..., n): (..., m), in the dtype of x."""
-        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
         return F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype)) * self.scaling
 
-    def delta_weight(self) -> Tensor:
-        """ΔW = s·B·A (m, n), for tests and merges."""
+    def delta_weight(self, weight: Tensor | None = None) -> Tensor:
+        """s·B·A (m, n)."""
+        del weight
         return self.scaling * (self.lora_b @ self.lora_a)
 
-    def to_lora(self) -> tuple[Tensor, Tensor, float]:
-        """(A, B, s): exact, LoRA is its own form."""
-        return self.lora_a.detach(), self.lora_b.detach(), self.scaling
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        """(s·B, A)."""
+        return self.scaling * self.lora_b, self.lora_a
 
-    def tensors(self) -> Mapping[str, Tensor]:
-        """Trained tensors by PEFT's names."""
+    def tensors(self) -> dict[str, Tensor]:
+        """A and B by PEFT's names."""
         return {"lora_A.weight": self.lora_a.detach(), "lora_B.weight": self.lora_b.detach()}
+
+    @classmethod
+    def from_tensors(cls, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Self:
+        """A pair on disk, with the scaling that the configuration gives its rank."""
+        a, b = tensors["lora_A.weight"].float(), tensors["lora_B.weight"].float()
+        return cls(a, b, scaling_from(config, module, len(a)), dropout_of(config))
+
+    @classmethod
+    def peft_settings(cls, config: AdapterConfig) -> dict[str, Any]:
+        """As `peft.LoraConfig` names them."""
+        return {
+            "lora_alpha": config.lora_alpha,
+            "use_rslora": config.use_rslora,
+            "lora_dropout": config.lora_dropout,
+            "fan_in_fan_out": False,
+            "bias": "none",
+            "init_lora_weights": True,
+        }
+
+
+def plain_lora(trained: Mapping[str, LoRA], initial: Mapping[str, LoRA]) -> dict[str, LoRA]:
+    """The change since initialisation as a LoRA of twice the rank, for the original dense base.
+
+    s·(B·A − B₀·A₀) = s·[B, −B₀]·[A; A₀]: exact, and it fits W instead of the quantized residual.
+
+    Source: PiSSA, arXiv 2404.02948, appendix on converting to LoRA.
+    """
+    result = {}
+    for module, adapter in trained.items():
+        first = initial[module]
+        a = torch.cat([adapter.lora_a.detach(), first.lora_a.detach()])
+        b = torch.cat([adapter.lora_b.detach(), -first.lora_b.detach()], dim=1)
+        result[module] = LoRA(a, b, adapter.scaling)
+    return result

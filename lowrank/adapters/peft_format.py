@@ -1,31 +1,38 @@
-"""Adapters on disk in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`, which any tool reads."""
+"""Adapters on disk in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`, which any tool reads.
+
+Families that PEFT has not lie in the same layout under a `peft_type` of our own. What PEFT would ignore (the base's
+hash, shapes, options) stands under `rankline`.
+"""
 
 from __future__ import annotations
 
 import json
-import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lowrank.adapters.lora import LoRA
+from lowrank.adapters.base import Adapter, check_finite
+from lowrank.adapters.registry import FAMILIES, family_of
 from lowrank.config import AdapterConfig
 from lowrank.errors import AdapterError
 
 _PREFIX = "base_model.model."
+_SHARED = "base_model."
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-def save_adapter(directory: Path, adapters: Mapping[str, LoRA], config: AdapterConfig, base: Mapping[str, Any]) -> None:
-    """Write `adapters` (module -> LoRA) as a PEFT directory with deterministic bytes.
+def save_adapter(
+    directory: Path, adapters: Mapping[str, Adapter], config: AdapterConfig, base: Mapping[str, Any]
+) -> None:
+    """Write `adapters` (module -> adapter) as a PEFT directory with deterministic bytes.
 
     Args:
         directory: Existing or new directory.
-        adapters: The trained layers.
-        config: Alpha, scaling rule and dropout.
+        adapters: The trained layers, all of one family.
+        config: Alpha, scaling rule, dropout and options.
         base: What the adapter was trained over (hashes); goes under `rankline` in the config, which PEFT ignores.
 
     Raises:
@@ -33,39 +40,37 @@ def save_adapter(directory: Path, adapters: Mapping[str, LoRA], config: AdapterC
     """
     from safetensors.torch import save_file
 
-    tensors = {}
+    family = type(next(iter(adapters.values())))
+    tensors = {f"{_SHARED}{name}": tensor for name, tensor in family.shared_tensors(adapters).items()}
     for module, adapter in adapters.items():
-        for name, tensor in adapter.tensors().items():
-            if not torch.isfinite(tensor).all():
-                raise AdapterError(
-                    f"save adapter: {module}.{name} holds NaN or infinity. Lower finetune.learning_rate."
-                )
-            tensors[f"{_PREFIX}{module}.{name}"] = tensor.float().contiguous().cpu()
+        named = adapter.tensors()
+        check_finite(module, named)
+        tensors |= {f"{_PREFIX}{module}.{name}": tensor for name, tensor in named.items()}
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    stored = {name: (t.float() if t.is_floating_point() else t).contiguous().cpu() for name, t in tensors.items()}
+    save_file(stored, directory / WEIGHTS, metadata={"format": "pt"})
     text = json.dumps(_peft_config(adapters, config, base), indent=2, sort_keys=True)
     (directory / CONFIG).write_text(text + "\n")
 
 
-def _peft_config(adapters: Mapping[str, LoRA], config: AdapterConfig, base: Mapping[str, Any]) -> dict[str, Any]:
+def _peft_config(adapters: Mapping[str, Adapter], config: AdapterConfig, base: Mapping[str, Any]) -> dict[str, Any]:
+    family = type(next(iter(adapters.values())))
     ranks = {module: adapter.r for module, adapter in adapters.items()}
-    common = max(set(ranks.values()), key=list(ranks.values()).count)
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    settings = family.peft_settings(config)
+    if "fan_in_fan_out" in settings:
+        settings["fan_in_fan_out"] = bool(base.get("fan_in_fan_out", False))
     return {
-        "peft_type": "LORA",
+        "peft_type": family.peft_type,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base.get("name"),
         "r": common,
-        "lora_alpha": config.lora_alpha,
-        "use_rslora": config.use_rslora,
-        "lora_dropout": config.lora_dropout,
         "rank_pattern": {module: r for module, r in ranks.items() if r != common},
-        "alpha_pattern": {},
+        "alpha_pattern": dict(config.alpha_pattern),
         "target_modules": sorted(adapters),
-        "fan_in_fan_out": bool(base.get("fan_in_fan_out", False)),
-        "bias": "none",
         "inference_mode": True,
-        "init_lora_weights": True,
-        "rankline": dict(base),
+        "rankline": dict(base) | {"method": config.method, "options": dict(config.options)},
+        **settings,
     }
 
 
@@ -73,60 +78,59 @@ def read_config(directory: Path) -> dict[str, Any]:
     """The `adapter_config.json` of a directory.
 
     Raises:
-        AdapterError: missing, damaged, or not LoRA.
+        AdapterError: missing, damaged, or of a family that is not here.
     """
     try:
         config: dict[str, Any] = json.loads((directory / CONFIG).read_text())
     except (OSError, ValueError) as error:
         raise AdapterError(f"load adapter {directory}: {CONFIG} is missing or damaged ({error}).") from error
-    if config.get("peft_type") != "LORA":
-        raise AdapterError(f"load adapter {directory}: peft_type {config.get('peft_type')!r}; allowed is 'LORA'.")
+    if family_of(config.get("peft_type", "")) is None:
+        known = ", ".join(sorted({family.peft_type for family in FAMILIES.values()}))
+        raise AdapterError(f"load adapter {directory}: peft_type {config.get('peft_type')!r}; allowed are {known}.")
     return config
 
 
-def load_adapter(directory: Path) -> dict[str, LoRA]:
-    """Read a PEFT LoRA directory: module -> LoRA.
+def load_adapter(directory: Path) -> dict[str, Adapter]:
+    """Read a PEFT directory of any family: module -> adapter.
 
     Raises:
-        AdapterError: damaged files, a half pair, wrong shapes, or values that are not finite.
+        AdapterError: damaged files, missing tensors, wrong shapes, or values that are not finite.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     config = read_config(directory)
+    family = family_of(config["peft_type"])
+    assert family is not None
     try:
         tensors = load_file(directory / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"load adapter {directory}: {WEIGHTS} is missing or damaged ({error}).") from error
-    factors: dict[str, dict[str, Tensor]] = {}
+    layers, shared = _by_module(tensors, family.prefix)
+    for module, named in layers.items():
+        try:
+            check_finite(module, named)
+        except AdapterError as error:
+            raise AdapterError(f"load adapter {directory}: {error}") from error
+    try:
+        return dict(family.load_all(layers, shared, config))
+    except (KeyError, TypeError, ValueError) as error:
+        lacking = {module: sorted(named) for module, named in list(layers.items())[:1]}
+        raise AdapterError(
+            f"load adapter {directory}: no {config['peft_type']} adapter ({error!r}); its first module holds "
+            f"{lacking}. Save it again."
+        ) from error
+
+
+def _by_module(tensors: Mapping[str, Tensor], prefix: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Tensors by module and name, and those that belong to no module; a name starts with the family's prefix."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    shared: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        module, _, factor = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
-        factors.setdefault(module, {})[factor] = tensor
-    return {module: _layer(directory, module, pair, config) for module, pair in factors.items()}
-
-
-def _layer(directory: Path, module: str, pair: dict[str, Tensor], config: dict[str, Any]) -> LoRA:
-    if set(pair) != {"lora_A", "lora_B"}:
-        raise AdapterError(f"load adapter {directory}: {module} has {sorted(pair)}; allowed are lora_A and lora_B.")
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in pair.values()):
-        raise AdapterError(f"load adapter {directory}: {module} holds NaN or infinity. Train it again.")
-    r = int(pair["lora_A"].shape[0])
-    alpha = float(config.get("alpha_pattern", {}).get(module, config["lora_alpha"]))
-    scaling = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
-    return LoRA(pair["lora_A"].float(), pair["lora_B"].float(), scaling, float(config.get("lora_dropout", 0.0)))
-
-
-def plain_lora(trained: Mapping[str, LoRA], initial: Mapping[str, LoRA]) -> dict[str, LoRA]:
-    """The change since initialisation as a LoRA of twice the rank, for the original dense base.
-
-    s·(B·A − B₀·A₀) = s·[B, −B₀]·[A; A₀]: exact, and it fits W instead of the quantized residual.
-
-    Source: PiSSA, arXiv 2404.02948, appendix on converting to LoRA.
-    """
-    result = {}
-    for module, adapter in trained.items():
-        first = initial[module]
-        a = torch.cat([adapter.lora_a.detach(), first.lora_a.detach()])
-        b = torch.cat([adapter.lora_b.detach(), -first.lora_b.detach()], dim=1)
-        result[module] = LoRA(a, b, adapter.scaling)
-    return result
+        module, found, rest = key.partition(f".{prefix}")
+        name = prefix + rest
+        if found and module.startswith(_PREFIX):
+            layers.setdefault(module.removeprefix(_PREFIX), {})[name] = tensor
+        else:
+            shared[key.removeprefix(_PREFIX).removeprefix(_SHARED)] = tensor
+    return layers, shared

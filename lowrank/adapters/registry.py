@@ -2,6 +2,24 @@
 
 from __future__ import annotations
 
-from lowrank.adapters.lora import LoRA
+from collections.abc import Sequence
 
-FAMILIES: dict[str, type[LoRA]] = {"lora": LoRA}
+from lowrank.adapters.base import Adapter, Layer
+from lowrank.adapters.lora import LoRA
+from lowrank.config import AdapterConfig
+
+FAMILIES: dict[str, type[Adapter]] = {"lora": LoRA}
+
+
+def initial_adapters(layers: Sequence[Layer], config: AdapterConfig) -> dict[str, Adapter]:
+    """The adapter of every layer before training, by `config.method`.
+
+    Raises:
+        AdapterError: a rank or shape that the family cannot take; the message names the layer.
+    """
+    return dict(FAMILIES[config.method].initial_all(layers, config))
+
+
+def family_of(peft_type: str) -> type[Adapter] | None:
+    """The family that writes this `peft_type`, or None."""
+    return next((family for family in FAMILIES.values() if family.peft_type == peft_type), None)

@@ -131,9 +131,14 @@ def _export_plain(
     """The change since initialisation as a LoRA of rank 2r that stock PEFT applies to the original model."""
     from cluster.artifacts import ShardSet
     from cluster.model import initial_adapters
-    from lowrank.adapters.peft_format import load_adapter, plain_lora, save_adapter
+    from lowrank.adapters.lora import LoRA, plain_lora
+    from lowrank.adapters.peft_format import load_adapter, save_adapter
 
-    merged = plain_lora(load_adapter(trained), initial_adapters(source))
+    pairs = [
+        {name: made for name, made in adapters.items() if isinstance(made, LoRA)}
+        for adapters in (load_adapter(trained), initial_adapters(source))
+    ]
+    merged = plain_lora(*pairs)
     alpha = config.lora_alpha * (2**0.5 if config.use_rslora else 2)
     flipped = any(spec.transposed for spec in ShardSet(source.shards).architecture.linears)
     facts = base | {"base": "dense", "fan_in_fan_out": flipped}

@@ -179,6 +179,12 @@ def test_ray_data_gives_the_same_bytes(tokenizer_dir: Path, tmp_path: Path) -> N
     for use_ray in (False, True):
         prepare_tokens(str(tmp_path / "in"), tokenizer_dir, config_of(), tmp_path / str(use_ray), use_ray=use_ray)
     assert (tmp_path / "True" / TOKENS_FILE).read_bytes() == (tmp_path / "False" / TOKENS_FILE).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_head")
+@pytest.mark.filterwarnings("ignore")
+def test_ray_data_names_the_bad_row(tokenizer_dir: Path, tmp_path: Path) -> None:
     bad = write_jsonl(tmp_path / "bad.jsonl", [*arithmetic_rows(5), {"prompt": 3, "completion": "x"}])
     with pytest.raises(DataError, match=r"bad.jsonl, row 6 as completion: 'prompt' is int '3'"):
         prepare_tokens(str(bad), tokenizer_dir, config_of(), tmp_path / "bad", use_ray=True)

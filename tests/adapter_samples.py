@@ -1,0 +1,77 @@
+"""Small problems per registered adapter family, for the laws that all of them keep."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank.adapters.base import Adapter, Layer
+from lowrank.adapters.registry import FAMILIES
+from lowrank.config import AdapterConfig
+
+SHAPES = [(24, 36), (36, 24), (24, 24)]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One configuration of a family.
+
+    Attributes:
+        config: fields of `AdapterConfig` beside `method`.
+        count: trained numbers of one layer of shape (m, n).
+        starts_at: largest ‖ΔW‖/‖W‖ before training.
+        scale: size of the random parameters that make ΔW noticeable.
+    """
+
+    config: dict[str, Any]
+    count: Callable[[int, int], int]
+    starts_at: float = 0.0
+    scale: float = 0.5
+    shapes: list[tuple[int, int]] = field(default_factory=lambda: list(SHAPES))
+
+
+SAMPLES: dict[str, list[Sample]] = {
+    "lora": [
+        Sample({"r": 4, "lora_alpha": 8.0}, lambda m, n: 4 * (m + n)),
+        Sample({"r": 4, "lora_alpha": 3.0, "use_rslora": True, "init": "gaussian"}, lambda m, n: 4 * (m + n)),
+    ],
+}
+
+CASES = [
+    (method, sample, shape)
+    for method in sorted(FAMILIES)
+    for sample in SAMPLES.get(method, [])
+    for shape in sample.shapes
+]
+
+
+def weight_of(shape: tuple[int, int], dtype: torch.dtype = torch.float64) -> Tensor:
+    """A frozen weight W (m, n)."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(7), dtype=dtype)
+
+
+def layer_of(shape: tuple[int, int], name: str = "model.layers.0.self_attn.q_proj", index: int = 0) -> Layer:
+    """A layer that holds `weight_of(shape)`."""
+    return Layer(name, shape, index, lambda: weight_of(shape, torch.float32))
+
+
+def config_of(method: str, sample: Sample) -> AdapterConfig:
+    return AdapterConfig(method=method, **({"init": "kaiming"} | sample.config))  # type: ignore[arg-type]
+
+
+def made(method: str, sample: Sample, shape: tuple[int, int]) -> Adapter:
+    """The adapter of one layer before training, in fp64."""
+    config = config_of(method, sample)
+    return FAMILIES[method].initial_all([layer_of(shape)], config)["model.layers.0.self_attn.q_proj"].double()
+
+
+def randomize(adapter: Adapter, scale: float, seed: int = 0) -> Adapter:
+    """Every trained parameter drawn anew."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * scale)
+    return adapter
