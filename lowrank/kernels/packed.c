@@ -6,36 +6,97 @@
 
 #include "threads.h"
 
-/* a = U^T U in place of the upper triangle, row by row; 0 when a is not positive definite. */
-static int factor_f64(double *a, int64_t r) {
+/* LANES systems at a time, entry by entry side by side: number k of system l is entry[k][l]. Every lane takes the same
+   steps, so that no system depends on its neighbours. */
+#define LANES GRAIN
+typedef double Entry __attribute__((vector_size(LANES * sizeof(double))));
+
+/* Row p of a packed upper triangle begins here if its columns are counted from 0. */
+static inline int64_t row_of(int64_t p, int64_t r) { return p * r - p * (p + 1) / 2; }
+
+/* u = U^T U in place, row by row. `bad` collects lanes that are not positive definite; they go on with a pivot of 1. */
+static void factor(Entry *u, int64_t r, int *bad) {
     for (int64_t i = 0; i < r; i++) {
-        double *row = a + i * r;
+        Entry *row = u + row_of(i, r), inverse;
         int64_t p = 0;
         for (; p + 4 <= i; p += 4) {
-            const double *u0 = a + p * r, *u1 = u0 + r, *u2 = u1 + r, *u3 = u2 + r;
-            const double f0 = u0[i], f1 = u1[i], f2 = u2[i], f3 = u3[i];
+            const Entry *u0 = u + row_of(p, r), *u1 = u + row_of(p + 1, r);
+            const Entry *u2 = u + row_of(p + 2, r), *u3 = u + row_of(p + 3, r);
+            const Entry f0 = u0[i], f1 = u1[i], f2 = u2[i], f3 = u3[i];
             for (int64_t c = i; c < r; c++) row[c] -= (f0 * u0[c] + f1 * u1[c]) + (f2 * u2[c] + f3 * u3[c]);
         }
         for (; p < i; p++) {
-            const double f = a[p * r + i];
-            for (int64_t c = i; c < r; c++) row[c] -= f * a[p * r + c];
+            const Entry *up = u + row_of(p, r), f = up[i];
+            for (int64_t c = i; c < r; c++) row[c] -= f * up[c];
         }
-        if (!(row[i] > 0)) return 0;
-        const double inverse = 1.0 / sqrt(row[i]);
+        for (int l = 0; l < LANES; l++) {
+            const int positive = row[i][l] > 0;
+            bad[l] |= !positive;
+            inverse[l] = positive ? 1.0 / sqrt(row[i][l]) : 1.0;
+        }
         for (int64_t c = i; c < r; c++) row[c] *= inverse;
+        for (int l = 0; l < LANES; l++)
+            if (bad[l]) row[i][l] = 1;
     }
-    return 1;
 }
 
-static void back_f64(const double *u, int64_t r, double *x) {
+/* x = (U^T U)^-1 x. */
+static void back(const Entry *u, int64_t r, Entry *x) {
     for (int64_t p = 0; p < r; p++) {
-        x[p] /= u[p * r + p];
-        for (int64_t c = p + 1; c < r; c++) x[c] -= x[p] * u[p * r + c];
+        const Entry *up = u + row_of(p, r), f = x[p] / up[p];
+        x[p] = f;
+        for (int64_t c = p + 1; c < r; c++) x[c] -= f * up[c];
     }
     for (int64_t p = r - 1; p >= 0; p--) {
-        double sum = x[p];
-        for (int64_t c = p + 1; c < r; c++) sum -= u[p * r + c] * x[c];
-        x[p] = sum / u[p * r + p];
+        const Entry *up = u + row_of(p, r);
+        Entry sum = x[p];
+        for (int64_t c = p + 1; c < r; c++) sum -= up[c] * x[c];
+        x[p] = sum / up[p];
+    }
+}
+
+/* x -= (G + shift I) s. */
+static void subtract_product(const Entry *g, int64_t r, Entry shift, const Entry *s, Entry *x) {
+    for (int64_t p = 0; p < r; p++) {
+        const Entry *gp = g + row_of(p, r), f = s[p];
+        Entry sum = (gp[p] + shift) * f;
+        for (int64_t c = p + 1; c < r; c++) {
+            sum += gp[c] * s[c];
+            x[c] -= gp[c] * f;
+        }
+        x[p] -= sum;
+    }
+}
+
+/* s += (G + (shift + damping) I)^-1 x in the lanes where trace > 0. Damping is what shift lacks of `rounding`, raised
+   tenfold for a lane until its factorisation exists; where none does, s stays. u and y are work space. */
+static void step(const Entry *g, int64_t r, Entry trace, Entry shift, Entry rounding, const Entry *x, Entry *s, Entry *u,
+                 Entry *y) {
+    Entry damping;
+    int left[LANES], pending = 0;
+    for (int l = 0; l < LANES; l++) {
+        damping[l] = rounding[l] > shift[l] ? rounding[l] - shift[l] : 0;
+        left[l] = trace[l] > 0;
+        pending |= left[l];
+    }
+    for (int attempt = 0; pending && attempt < ATTEMPTS; attempt++) {
+        int bad[LANES] = {0};
+        memcpy(u, g, r * (r + 1) / 2 * sizeof(Entry));
+        for (int64_t p = 0; p < r; p++) u[row_of(p, r) + p] += shift + damping;
+        factor(u, r, bad);
+        memcpy(y, x, r * sizeof(Entry));
+        back(u, r, y);
+        pending = 0;
+        for (int l = 0; l < LANES; l++) {
+            if (!left[l]) continue;
+            if (bad[l]) {
+                damping[l] = 10 * (damping[l] > rounding[l] ? damping[l] : rounding[l]);
+                pending = 1;
+                continue;
+            }
+            left[l] = 0;
+            for (int64_t p = 0; p < r; p++) s[p][l] += y[p][l];
+        }
     }
 }
 
@@ -46,42 +107,32 @@ typedef struct {
     void *found;
 } Packed;
 
-/* x = start + (G + (shift + damping) I)^-1 (b - (G + shift I) start); 0 where G = 0. Shift and damping together are
-   no less than what rounding may have taken from G. */
+/* found = start + (G + (shift + damping) I)^-1 (b - (G + shift I) start); 0 where G = 0, and start where no damping
+   helps. Shift and damping together are no less than what rounding may have taken from G. */
 #define SOLVE_PACKED(NAME, REAL, EPSILON)                                                                             \
     static void NAME##_rows(Job *job) {                                                                               \
         const Packed *q = job->data;                                                                                  \
-        const int64_t r = q->r;                                                                                       \
-        double *full = malloc((2 * r * r + r) * sizeof(double)), *factor = full + r * r, *x = factor + r * r;         \
-        for (int64_t i, end; full && take(job, &i, &end);)                                                            \
-            for (; i < end; i++) {                                                                                    \
-                const REAL *packed = (const REAL *)q->grams + i * (r * (r + 1) / 2);                                  \
+        const int64_t r = q->r, size = r * (r + 1) / 2;                                                               \
+        Entry *g = aligned_alloc(sizeof(Entry), (2 * size + 3 * r) * sizeof(Entry));                                  \
+        Entry *u = g + size, *s = u + size, *x = s + r, *y = x + r;                                                   \
+        for (int64_t low, end; g && take(job, &low, &end);) {                                                         \
+            Entry trace = {0}, shift = {0};                                                                           \
+            if (end - low < LANES) memset(g, 0, size * sizeof(Entry)), memset(s, 0, 2 * r * sizeof(Entry));           \
+            for (int64_t i = low; i < end; i++) {                                                                     \
+                const REAL *packed = (const REAL *)q->grams + i * size;                                               \
                 const REAL *rhs = (const REAL *)q->rhs + i * r, *start = (const REAL *)q->start + i * r;              \
-                REAL *found = (REAL *)q->found + i * r;                                                               \
-                double trace = 0;                                                                                     \
-                for (int64_t p = 0; p < r; p++)                                                                       \
-                    for (int64_t c = p; c < r; c++) full[p * r + c] = full[c * r + p] = *packed++;                    \
-                for (int64_t p = 0; p < r; p++) trace += full[p * r + p];                                             \
-                for (int64_t p = 0; p < r; p++) found[p] = trace > 0 ? start[p] : 0;                                  \
-                if (!(trace > 0)) continue;                                                                           \
-                const double rounding = 4 * (double)EPSILON * trace, shift = q->shifts[i];                            \
-                double damping = rounding > shift ? rounding - shift : 0;                                             \
-                int attempt = 0;                                                                                      \
-                do {                                                                                                  \
-                    memcpy(factor, full, r * r * sizeof(double));                                                     \
-                    for (int64_t p = 0; p < r; p++) factor[p * r + p] += shift + damping;                             \
-                    damping = 10 * (damping > rounding ? damping : rounding);                                         \
-                } while (!factor_f64(factor, r) && ++attempt < ATTEMPTS);                                             \
-                if (attempt == ATTEMPTS) continue;                                                                    \
-                for (int64_t p = 0; p < r; p++) {                                                                     \
-                    double sum = rhs[p] - shift * start[p];                                                           \
-                    for (int64_t c = 0; c < r; c++) sum -= full[p * r + c] * start[c];                                \
-                    x[p] = sum;                                                                                       \
-                }                                                                                                     \
-                back_f64(factor, r, x);                                                                               \
-                for (int64_t p = 0; p < r; p++) found[p] = (REAL)(start[p] + x[p]);                                   \
+                for (int64_t k = 0; k < size; k++) g[k][i - low] = packed[k];                                         \
+                for (int64_t p = 0; p < r; p++) s[p][i - low] = start[p], x[p][i - low] = rhs[p];                     \
+                shift[i - low] = q->shifts[i];                                                                        \
             }                                                                                                         \
-        free(full);                                                                                                   \
+            for (int64_t p = 0; p < r; p++) trace += g[row_of(p, r) + p];                                             \
+            subtract_product(g, r, shift, s, x);                                                                      \
+            step(g, r, trace, shift, 4 * (double)EPSILON * trace, x, s, u, y);                                        \
+            for (int64_t i = low; i < end; i++)                                                                       \
+                for (int64_t p = 0; p < r; p++)                                                                       \
+                    ((REAL *)q->found)[i * r + p] = trace[i - low] > 0 ? (REAL)s[p][i - low] : 0;                     \
+        }                                                                                                             \
+        free(g);                                                                                                      \
     }                                                                                                                 \
     int NAME(int64_t rows, int64_t r, const REAL *grams, const REAL *rhs, const double *shifts, const REAL *start,    \
              REAL *found, int threads) {                                                                              \
