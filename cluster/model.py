@@ -145,20 +145,22 @@ def build_adapted(source: ModelSource, dtype: torch.dtype, adapters: Mapping[str
         for module, adapter in made.items():
             named[module][name] = adapter
     if source.adapter.init in RESIDUAL:
-        _subtract(model, initial_adapters(source))
+        add_to_weights(model, shards, {m: -a.delta_weight() for m, a in initial_adapters(source).items()})
     inject(model, named, next(iter(adapters)))
     return model.eval()
 
 
-def _subtract(model: nn.Module, initial: Mapping[str, Adapter]) -> None:
-    """Take out of a dense base what the initial adapters add (pissa, milora, olora)."""
+def add_to_weights(model: nn.Module, shards: ShardSet, changes: Mapping[str, Tensor]) -> None:
+    """Add ΔW (m, n) to the dense weights of modules; GPT-2's store the transpose."""
     import torch
 
+    flipped = {spec.name for spec in shards.architecture.linears if spec.transposed}
     with torch.no_grad():
-        for module, adapter in initial.items():
+        for module, change in changes.items():
             layer: Any = model.get_submodule(module)
+            turned = change.T if module in flipped else change
             # A new tensor: the present one may be a page of the checkpoint.
-            layer.weight = torch.nn.Parameter(layer.weight - adapter.delta_weight().to(layer.weight.dtype), False)
+            layer.weight = torch.nn.Parameter((layer.weight.float() + turned).to(layer.weight.dtype), False)
 
 
 def _nf4_layers(source: ModelSource) -> dict[str, nn.Module]:
@@ -212,8 +214,7 @@ def _base_weight(shards: ShardSet, split: SplitWeight, base: str) -> Tensor:
 
     if base == "dense":
         name = f"{split.name.removesuffix('.weight')}.weight"
-        tensor = shards.load(name).float()
-        return tensor.T.contiguous() if shards.tensors[name].transposed else tensor
+        return shards.load(name).float()
     return torch.zeros(split.shape) if split.residual is None else split.residual.dequantize(torch.float32)
 
 

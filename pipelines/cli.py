@@ -31,6 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_pipeline_commands(commands)
     _add_store_commands(commands)
     _add_spectrum(commands)
+    _add_export(commands)
     return parser
 
 
@@ -97,6 +98,26 @@ def _add_spectrum(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     command.add_argument(
         "--target", dest="targets", action="append", metavar="NAME", help="only these modules (default: all-linear)"
     )
+
+
+def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = _command(commands, "export", "write the adapter of a finished run as LoRA, or merged into a model")
+    command.add_argument("run", help="name of the run")
+    command.add_argument("--out", required=True, metavar="DIR", help="new directory")
+    command.add_argument(
+        "--format",
+        choices=("lora", "merged"),
+        default="lora",
+        help="lora: over the original model, for PEFT and vLLM (default); merged: a model that transformers loads",
+    )
+    command.add_argument("--max-rank", type=int, metavar="R", help="cut the LoRA of every layer to this rank")
+    command.add_argument(
+        "--onto",
+        choices=("trained", "original"),
+        default="trained",
+        help="merged: into the dequantized base that was trained over (default: what is served), or the original",
+    )
+    command.add_argument("--store", default="runs", help="directory of the store (default: runs)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

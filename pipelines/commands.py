@@ -160,6 +160,17 @@ def spectrum(arguments: Namespace) -> int:
     return DONE
 
 
+def export(arguments: Namespace) -> int:
+    """`rankline export RUN --out DIR`."""
+    from pipelines import export as exports
+    from pipelines import show
+
+    store, out = Path(arguments.store).resolve(), Path(arguments.out).expanduser().resolve()
+    facts = exports.export(store, arguments.run, out, arguments.format, arguments.max_rank, arguments.onto)
+    _json(facts) if arguments.json else show.exported(facts)
+    return DONE
+
+
 def doctor(arguments: Namespace) -> int:
     """`rankline doctor`: exit 0 when every check passes or only warns, else 2."""
     from pipelines import doctor as checks

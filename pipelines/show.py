@@ -203,3 +203,16 @@ def doctor(found: list[dict[str, str]]) -> None:
         console.print(line, soft_wrap=True)
         if check["remedy"]:
             console.print(f"{'':<20} -> {check['remedy']}", soft_wrap=True)
+
+
+def exported(facts: dict[str, Any]) -> None:
+    """What `rankline export` wrote."""
+    print(f"{facts['format']} of {facts['run']}: {facts['num_layers']} layers in {facts['out']}")
+    if facts["format"] == "lora":
+        kept = f"{100 * facts['retained_energy_mean']:.2f} % (least {100 * facts['retained_energy_min']:.2f} %)"
+        print(f"rank {facts['rank']}, kept of the change's energy: {kept}")
+        return
+    print(
+        f"relative change of a weight {facts['change']:.4f}; quantizing the result to NF4 again would cost "
+        f"{facts['requantization_error']:.4f}"
+    )

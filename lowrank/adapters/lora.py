@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -83,19 +82,3 @@ class LoRA(Adapter):
             "bias": "none",
             "init_lora_weights": True,
         }
-
-
-def plain_lora(trained: Mapping[str, LoRA], initial: Mapping[str, LoRA]) -> dict[str, LoRA]:
-    """The change since initialisation as a LoRA of twice the rank, for the original dense base.
-
-    s·(B·A − B₀·A₀) = s·[B, −B₀]·[A; A₀]: exact, and it fits W instead of the quantized residual.
-
-    Source: PiSSA, arXiv 2404.02948, appendix on converting to LoRA.
-    """
-    result = {}
-    for module, adapter in trained.items():
-        first = initial[module]
-        a = torch.cat([adapter.lora_a.detach(), first.lora_a.detach()])
-        b = torch.cat([adapter.lora_b.detach(), -first.lora_b.detach()], dim=1)
-        result[module] = LoRA(a, b, adapter.scaling)
-    return result

@@ -22,6 +22,8 @@ from lowrank.errors import AdapterError
 
 #: Inits that take s·B·A out of the weight: the frozen base must hold the rest.
 RESIDUAL = frozenset({"pissa", "milora", "olora"})
+#: Inits whose s·B·A is part of the original weight: what training changed is the difference from it.
+OUT_OF_WEIGHT = RESIDUAL | {"split"}
 
 
 def initial_pair(layer: Layer, config: AdapterConfig) -> tuple[Tensor, Tensor, float]:

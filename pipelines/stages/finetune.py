@@ -2,13 +2,12 @@
 
 Checkpoints are units of the same store, so a run that dies anywhere goes on from the last one. Units of the result:
 `train-tokens` (and `heldout-tokens` with `eval_every`), `adapter` (PEFT format, over the quantized base) and
-`plain-lora` (the same change as a LoRA of twice the rank over the original dense model; not under
-`decompose.mode: replace`, where the adapter is the layer).
+`plain-lora` (the same change as a LoRA over the original dense model, of twice the rank where training started from a
+split; not under `decompose.mode: replace`, where the adapter is the layer, and not for families that are no LoRA).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -57,8 +56,8 @@ def run(ctx: Context) -> Outcome:
     )
     outcome = train(job, on_progress=_reporter(ctx, _total_steps(tune, train_tokens)))
     units = ["train-tokens", *(["heldout-tokens"] if tune.eval_every else []), "adapter"]
-    if not replaced:  # factors in W's place are no change of W
-        ctx.commit("plain-lora", partial(_export_plain, source, ctx.store.path("adapter"), tune.adapter, base), False)
+    if not replaced and _is_lora(tune.adapter):  # factors in W's place are no change of W
+        ctx.commit("plain-lora", partial(_export_plain, source, ctx.store.path("adapter"), base), False)
         units.append("plain-lora")
     facts = {
         "global_step": outcome.global_step,
@@ -71,6 +70,13 @@ def run(ctx: Context) -> Outcome:
 
 
 STAGE = Stage("finetune", 1, ("shard", "quantize"), settings, run, "packed weights, rows -> trained adapter")
+
+
+def _is_lora(config: AdapterConfig) -> bool:
+    """Whether the family is a LoRA exactly; the others are written by `rankline export`, cut or merged."""
+    from lowrank.adapters.registry import FAMILIES
+
+    return FAMILIES[config.method].export == "exact"
 
 
 def _prepare(ctx: Context) -> tuple[Path, Path | None]:
@@ -125,22 +131,9 @@ def _has_gpu(use_ray: bool) -> bool:
     return bool(ray.cluster_resources().get("GPU", 0))
 
 
-def _export_plain(
-    source: ModelSource, trained: Path, config: AdapterConfig, base: dict[str, Any], directory: Path
-) -> dict[str, Any]:
-    """The change since initialisation as a LoRA of rank 2r that stock PEFT applies to the original model."""
-    from cluster.artifacts import ShardSet
-    from cluster.model import initial_adapters
-    from lowrank.adapters.lora import LoRA, plain_lora
-    from lowrank.adapters.peft_format import load_adapter, save_adapter
+def _export_plain(source: ModelSource, trained: Path, base: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """What training changed, as a LoRA that stock PEFT applies to the original model."""
+    from lowrank.adapters.peft_format import load_adapter
+    from pipelines.export import write_lora
 
-    pairs = [
-        {name: made for name, made in adapters.items() if isinstance(made, LoRA)}
-        for adapters in (load_adapter(trained), initial_adapters(source))
-    ]
-    merged = plain_lora(*pairs)
-    alpha = config.lora_alpha * (2**0.5 if config.use_rslora else 2)
-    flipped = any(spec.transposed for spec in ShardSet(source.shards).architecture.linears)
-    facts = base | {"base": "dense", "fan_in_fan_out": flipped}
-    save_adapter(directory, merged, dataclasses.replace(config, lora_alpha=alpha, lora_dropout=0.0), facts)
-    return {"num_layers": len(merged)}
+    return write_lora(source, load_adapter(trained), directory, None, base)

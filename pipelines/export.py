@@ -1,0 +1,108 @@
+"""`rankline export`: the adapter of a finished run as plain LoRA, or merged into a whole model."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from cluster.model import ModelSource
+from lowrank.config import AdapterConfig
+from pipelines.artifacts import Store
+from pipelines.config import PipelineConfig, parse, read_yaml
+from pipelines.errors import ArtifactError, ConfigError
+
+
+def export(store_dir: Path, run: str, out: Path, format: str, max_rank: int | None, onto: str) -> dict[str, Any]:
+    """Write the adapter of `run` to the new directory `out`.
+
+    Args:
+        store_dir: the store.
+        run: name of a run whose finetune stage is finished.
+        out: directory that does not exist yet.
+        format: `lora` (over the original model, for stock PEFT and vLLM) or `merged` (a model of its own).
+        max_rank: of `lora`: largest rank; larger changes are cut and the retained energy is reported.
+        onto: of `merged`: `trained` or `original`; see `cluster.export.export_merged`.
+
+    Returns:
+        What was written, for the table or `--json`.
+
+    Raises:
+        ConfigError: no such run, `out` exists, or `max_rank` is below 1.
+        ArtifactError: the run has no finished adapter.
+        AdapterError: the adapter's family cannot be written as LoRA.
+    """
+    if out.exists():
+        raise ConfigError(f"export {run!r}: {out} exists. Give --out a new directory.")
+    if max_rank is not None and max_rank < 1:
+        raise ConfigError(f"export {run!r}: --max-rank {max_rank}. Set --max-rank >= 1.")
+    config, source, adapter = _finished(store_dir, run)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
+        written = Path(scratch) / "export"
+        if format == "lora":
+            facts = _lora(config, source, adapter, written, max_rank)
+        else:
+            from cluster.export import export_merged
+
+            facts = export_merged(source, adapter, written, "original" if onto == "original" else "trained")
+        shutil.move(written, out)
+    return {"run": run, "format": format, "out": str(out)} | facts
+
+
+def _finished(store_dir: Path, run: str) -> tuple[PipelineConfig, ModelSource, Path]:
+    from pipelines import workflow
+
+    directory = store_dir / run
+    record = workflow.read_record(directory)
+    if not record:
+        raise ConfigError(f"export {run!r}: no such run in {store_dir}. `rankline status` lists the runs.")
+    config, store, keys = parse(read_yaml(directory / "pipeline.yaml")), Store(store_dir), record["keys"]
+    if "finetune" not in keys or store.read_manifest("finetune", keys["finetune"]) is None:
+        raise ArtifactError(f"export {run!r}: its finetune stage is not finished. Run `rankline resume {run}`.")
+    source = ModelSource(
+        shards=store.artifact("shard", keys["shard"]),
+        splits=store.artifact("quantize", keys["quantize"]),
+        adapter=config.finetune.adapter,
+    )
+    return config, source, store.units("finetune", keys["finetune"]).path("adapter")
+
+
+def _lora(
+    config: PipelineConfig, source: ModelSource, adapter: Path, out: Path, max_rank: int | None
+) -> dict[str, Any]:
+    from lowrank.adapters.peft_format import load_adapter
+
+    if config.decompose.mode == "replace":
+        raise ConfigError("export: decompose.mode 'replace' has no original weights to add to. Use --format merged.")
+    facts = {"name": config.model.source, "run": config.name}
+    return write_lora(source, load_adapter(adapter), out, max_rank, facts)
+
+
+def write_lora(
+    source: ModelSource, trained: Any, out: Path, max_rank: int | None, facts: dict[str, Any]
+) -> dict[str, Any]:
+    """Write trained adapters of any family as LoRA over the original model; the rank and the energies kept.
+
+    Raises:
+        AdapterError: the family is merge-only, or has no small exact LoRA and `max_rank` is not given.
+    """
+    from cluster.artifacts import ShardSet
+    from cluster.model import initial_adapters
+    from lowrank.adapters.export import as_lora
+    from lowrank.adapters.pairs import OUT_OF_WEIGHT
+    from lowrank.adapters.peft_format import save_adapter
+
+    taken_out = source.adapter.init in OUT_OF_WEIGHT and any(adapter.takes_split for adapter in trained.values())
+    made = as_lora(trained, initial_adapters(source) if taken_out else None, max_rank)
+    flipped = any(spec.transposed for spec in ShardSet(source.shards).architecture.linears)
+    plain = AdapterConfig(method="lora", r=made.rank, lora_alpha=float(made.rank), init="kaiming")
+    save_adapter(out, made.layers, plain, facts | {"base": "dense", "fan_in_fan_out": flipped})
+    energies = list(made.retained_energy.values())
+    return {
+        "num_layers": len(made.layers),
+        "rank": made.rank,
+        "retained_energy_min": min(energies),
+        "retained_energy_mean": sum(energies) / len(energies),
+    }
