@@ -54,6 +54,8 @@ class FinetuneConfig:
     """Logical CPUs a worker reserves."""
     threads_per_worker: Annotated[int, Ge(1), EXECUTION] = 1
     """Torch threads of a worker."""
+    base: Literal["nf4", "dense"] = "nf4"
+    """Frozen weights under the adapter: the packed ones of quantize, or the original dense ones."""
     zero_stage: Literal[0, 1, 2, 3] | None = None
     """ZeRO stage; null takes 3 over a dense base on GPUs, else 2. In bfloat16, 0 runs as 1 (same numbers)."""
     allow_zero3_quantized: bool = False

@@ -62,13 +62,13 @@ def _merged(source: ModelSource, adapter_dir: Path, onto: Onto) -> Any:
         import torch
 
         with torch.no_grad():
-            if onto == "original":
+            if onto == "original" and module in trained:
                 return weight + trained[module].delta_weight(weight) - initial[module].delta_weight(weight)
-            if source.base == "nf4":
+            if source.base == "nf4" and onto == "trained":
                 weight = (
                     torch.zeros(split.shape) if split.residual is None else split.residual.dequantize(torch.float32)
                 )
-            return weight + trained[module].delta_weight(weight)
+            return weight + trained[module].delta_weight(weight) if module in trained else weight
 
     return weight_of
 

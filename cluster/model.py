@@ -139,11 +139,11 @@ def build_adapted(source: ModelSource, dtype: torch.dtype, adapters: Mapping[str
 
     shards = ShardSet(source.shards)
     model = build_dense(shards, dtype, _nf4_layers(source) if source.base == "nf4" else None)
-    named: dict[str, dict[str, Adapter]] = {module: {} for module in SplitSet(source.splits).modules}
+    named: dict[str, dict[str, Adapter]] = {}
     for name, path in adapters.items():
         made = initial_adapters(source) if path is None else load_adapter(path)
         for module, adapter in made.items():
-            named[module][name] = adapter
+            named.setdefault(module, {})[name] = adapter
     if source.adapter.init in RESIDUAL:
         add_to_weights(model, shards, {m: -a.delta_weight() for m, a in initial_adapters(source).items()})
     inject(model, named, next(iter(adapters)))

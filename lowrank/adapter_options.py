@@ -11,6 +11,9 @@ from lowrank.options import NoOptions
 #: Options of every family by its name in `lowrank.adapters.registry.FAMILIES`.
 ADAPTER_OPTIONS: dict[str, type[Any]] = {"lora": NoOptions}
 
+#: Families that can start from the L and R that `quantize` took out of W.
+TAKES_SPLIT = frozenset({"lora"})
+
 
 def options_of(method: str, given: dict[str, Any]) -> Any:
     """The options of a family with `given` filled in.

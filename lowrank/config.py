@@ -82,6 +82,9 @@ class AdapterConfig:
 
     method: Literal["lora"] = "lora"
     """Adapter family; `rankline methods` lists them."""
+    target_modules: list[str] | None = field(default=None, hash=False)
+    """Which of the decomposed layers get an adapter: regular expressions of the end of a module's name; null is all.
+    The others stay frozen as quantize left them, which needs quantize.method `nf4`."""
     r: Annotated[int, Ge(1)] | None = None
     """Rank. Null takes the rank of the split (`init: split`) per tensor, else 16."""
     lora_alpha: Annotated[float, Gt(0)] = 16.0

@@ -79,7 +79,7 @@ def _front_matter(config: PipelineConfig) -> str:
 def _intro(config: PipelineConfig, evaluation: Mapping[str, Any]) -> str:
     gate = "passed" if evaluation["passed"] else "did not pass"
     return (
-        f"A LoRA adapter for {code(base_model(config))}, made by rankline. "
+        f"A {config.finetune.adapter.method} adapter for {code(base_model(config))}, made by rankline. "
         f"{_base(config)} "
         f"It {gate} the pipeline's gate, which compares {judged_by(evaluation)} on held-out rows "
         "with the same base before training."
@@ -89,8 +89,10 @@ def _intro(config: PipelineConfig, evaluation: Mapping[str, Any]) -> str:
 def _base(config: PipelineConfig) -> str:
     if config.decompose.mode == "replace":
         return f"It holds the target layers themselves: their {config.decompose.method} factors, healed by training."
-    residual = "the residual of a low-rank split W = L·R + E, with E in NF4 (QPiSSA)"
-    stored = residual if config.quantize.method == "qpissa" else "NF4"
+    if config.finetune.base == "dense":
+        return "It was trained over the original dense weights."
+    residual = "the residual of a low-rank split W = L·R + E, with E in NF4"
+    stored = residual if config.quantize.method != "nf4" else "NF4"
     return f"It was trained over a 4-bit base: every target layer is stored as {stored}."
 
 
@@ -132,6 +134,8 @@ def _usage(config: PipelineConfig) -> str:
             "`adapter/` is the target layers of this pipeline's model, whose own weights are gone; `rankline serve` "
             "puts the two together. There is no LoRA over the original model that equals it."
         )
+    if config.finetune.base == "dense":
+        return "`adapter/` loads over the **original** model with stock PEFT, where PEFT has its family."
     hub = config.model.source.startswith("hub:")
     name = base_model(config) if hub else "PATH_OF_THE_ORIGINAL_MODEL"
     revision = f", revision={config.model.revision!r}" if hub and config.model.revision else ""

@@ -18,7 +18,7 @@ from annotated_types import Ge
 from pydantic import TypeAdapter, ValidationError
 
 from cluster.config import ClusterConfig, DataConfig, EvaluateConfig, FinetuneConfig, ServeConfig
-from lowrank.adapter_options import ADAPTER_OPTIONS
+from lowrank.adapter_options import ADAPTER_OPTIONS, TAKES_SPLIT
 from lowrank.config import EXECUTION, STRICT, DecomposeConfig, QuantizeConfig
 from lowrank.options import BUDGETED, METHOD_OPTIONS, RULES
 from pipelines.errors import ConfigError
@@ -211,14 +211,14 @@ def _contradictions(config: PipelineConfig) -> Iterator[str]:
     if tune.patience is not None and tune.eval_every is None:
         yield "finetune.patience: needs finetune.eval_every."
     r, rank = tune.adapter.r, config.decompose.rank
-    if config.quantize.method == "qpissa" and tune.adapter.init == "split" and r and rank and r < rank:
+    if config.quantize.method != "nf4" and tune.base == "nf4" and r and rank and r < rank:
         yield (
             f"finetune.adapter.r: {r} is smaller than decompose.rank = {rank}, which the residual is quantized "
             f"against. Set finetune.adapter.r >= {rank} or null, or decompose.rank <= {r}."
         )
     if config.decompose.mode == "replace" and tune.adapter.init != "split":
         yield "finetune.adapter.init: decompose.mode 'replace' trains the factors. Set it to 'split'."
-    if tune.zero_stage == 3 and not tune.allow_zero3_quantized:
+    if tune.zero_stage == 3 and tune.base == "nf4" and not tune.allow_zero3_quantized:
         yield "finetune.zero_stage: 3 over an NF4 base needs finetune.allow_zero3_quantized: true; 2 is the default."
     if config.serve.host not in ("127.0.0.1", "localhost", "::1") and not config.serve.token_file:
         yield f"serve.host: {config.serve.host!r} is not loopback and needs serve.token_file, a token of your own."
@@ -248,13 +248,31 @@ def _adapter_problems(config: PipelineConfig) -> Iterator[str]:
     """Options that the family does not know, patterns that are no regular expression, starts that the base has not."""
     adapter = config.finetune.adapter
     yield from _option_problems(ADAPTER_OPTIONS[adapter.method], adapter.options, "finetune", "adapter", "options")
-    for field_name in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(adapter, field_name):
+    for field_name in ("target_modules", "rank_pattern", "alpha_pattern"):
+        for pattern in getattr(adapter, field_name) or ():
             try:
                 re.compile(pattern)
             except re.error as error:
                 yield f"finetune.adapter.{field_name}: {pattern!r} is no regular expression ({error})."
-    if adapter.init in ("pissa", "milora", "olora"):
+    if config.decompose.mode == "replace" and config.finetune.base == "dense":
+        yield "finetune.base: decompose.mode 'replace' leaves no dense weights. Set it to 'nf4'."
+    split_off = config.finetune.base == "nf4" and config.quantize.method != "nf4"
+    if split_off and adapter.method not in TAKES_SPLIT:
+        yield (
+            f"finetune.adapter.method: {adapter.method!r} cannot hold the L and R that quantize.method "
+            f"{config.quantize.method!r} takes out of W. Set quantize.method to 'nf4'."
+        )
+    elif split_off and adapter.init != "split":
+        yield (
+            f"finetune.adapter.init: {adapter.init!r} would lose the L and R that quantize.method "
+            f"{config.quantize.method!r} takes out of W. Set it to 'split', or quantize.method to 'nf4'."
+        )
+    if split_off and adapter.target_modules is not None:
+        yield (
+            "finetune.adapter.target_modules: layers without an adapter would lose the L and R that quantize.method "
+            f"{config.quantize.method!r} takes out of W. Leave it out, or set quantize.method to 'nf4'."
+        )
+    if adapter.init in ("pissa", "milora", "olora") and config.finetune.base != "dense":
         yield (
             f"finetune.adapter.init: {adapter.init!r} takes its pair out of a dense base. Over NF4 set decompose.rank, "
             "quantize.method 'qpissa' and init 'split'."

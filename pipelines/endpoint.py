@@ -36,6 +36,7 @@ def serve_spec(
         shards=store.artifact("shard", keys["shard"]),
         splits=store.artifact("quantize", keys["quantize"]),
         adapter=config.finetune.adapter,
+        base=config.finetune.base,
     )
     return ServeSpec(
         app_name=f"rankline-{config.name}",

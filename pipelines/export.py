@@ -65,6 +65,7 @@ def _finished(store_dir: Path, run: str) -> tuple[PipelineConfig, ModelSource, P
         shards=store.artifact("shard", keys["shard"]),
         splits=store.artifact("quantize", keys["quantize"]),
         adapter=config.finetune.adapter,
+        base=config.finetune.base,
     )
     return config, source, store.units("finetune", keys["finetune"]).path("adapter")
 

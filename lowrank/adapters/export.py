@@ -49,7 +49,7 @@ def as_lora(
         max_rank: largest rank, >= 1; larger changes are cut to the best of this rank. None exports exactly.
 
     Raises:
-        AdapterError: `max_rank` below 1, a family that is merge-only, or one without a small exact LoRA and no `max_rank`.
+        AdapterError: `max_rank` below 1; a family that is merge-only; no small exact LoRA and no `max_rank`.
 
     Source: PiSSA, arXiv 2404.02948, appendix on converting to LoRA: s(BA − B₀A₀) = s[B, −B₀][A; A₀].
     """

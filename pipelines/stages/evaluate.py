@@ -45,6 +45,7 @@ def run(ctx: Context) -> Outcome:
         shards=ctx.inputs["shard"],
         splits=ctx.inputs["quantize"],
         adapter=ctx.config.finetune.adapter,
+        base=ctx.config.finetune.base,
         adapter_dir=ctx.inputs["finetune"] / "units" / "adapter",
     )
     data = ctx.config.data

@@ -35,13 +35,15 @@ def run(ctx: Context) -> Outcome:
 
     tune = ctx.config.finetune
     train_tokens, heldout_tokens = _prepare(ctx)
-    source = ModelSource(shards=ctx.inputs["shard"], splits=ctx.inputs["quantize"], adapter=tune.adapter)
+    source = ModelSource(
+        shards=ctx.inputs["shard"], splits=ctx.inputs["quantize"], adapter=tune.adapter, base=tune.base
+    )
     replaced = ctx.config.decompose.mode == "replace"
     base = {
         "name": ctx.config.model.source,
         "base_sha256": ctx.sources.model_sha256,
         "split_key": ctx.input_keys["quantize"],
-        "base": "factors" if replaced else "nf4",
+        "base": "factors" if replaced else tune.base,
     }
     job = TrainJob(
         source=source,

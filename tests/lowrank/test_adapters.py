@@ -1,5 +1,6 @@
 """Laws that every registered adapter family keeps, over dense and NF4 bases."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,11 @@ from adapter_samples import CASES, SAMPLES, Sample, config_of, layer_of, made, r
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowrank.adapter_options import ADAPTER_OPTIONS
+from lowrank.adapter_options import ADAPTER_OPTIONS, TAKES_SPLIT
 from lowrank.adapters.base import Adapter
 from lowrank.adapters.peft_format import load_adapter, save_adapter
-from lowrank.adapters.registry import FAMILIES
+from lowrank.adapters.registry import FAMILIES, initial_adapters
+from lowrank.config import AdapterConfig
 from lowrank.errors import AdapterError
 from lowrank.inject import AdaptedLinear
 from lowrank.linear import NF4Linear
@@ -47,6 +49,30 @@ def obeys_the_dense_form(adapter: Adapter, base: nn.Linear, delta: Tensor) -> bo
 
 def test_every_family_has_samples_and_options() -> None:
     assert set(SAMPLES) == set(FAMILIES) == set(ADAPTER_OPTIONS)
+    assert {name for name, family in FAMILIES.items() if family.takes_split} == TAKES_SPLIT
+
+
+def test_patterns_choose_layers_ranks_and_alphas() -> None:
+    names = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj"]
+    layers = [layer_of((24, 36), name, index) for index, name in enumerate(names)]
+    config = AdapterConfig(
+        r=4,
+        lora_alpha=8.0,
+        init="kaiming",
+        target_modules=["q_proj"],
+        rank_pattern={"1.self_attn.q_proj": 2},
+        alpha_pattern={r"layers\.0\..*q_proj": 12.0},
+    )
+    made = initial_adapters(layers, config)
+    assert {name: (adapter.r, adapter.scaling) for name, adapter in made.items()} == {
+        names[0]: (4, 3.0),
+        names[2]: (2, 4.0),
+    }
+    for wrong in ({"target_modules": ["k_proj"]}, {"rank_pattern": {"k_proj": 2}}, {"alpha_pattern": {"q": 2.0}}):
+        with pytest.raises(AdapterError, match=r"matches no layer. The targets are q_proj, up_proj"):
+            initial_adapters(layers, dataclasses.replace(config, **wrong))
+    with pytest.raises(AdapterError, match=r"q_proj \(24x36\): rank 25 > 24. Set finetune.adapter.r <= 24"):
+        initial_adapters(layers, dataclasses.replace(config, r=25))
 
 
 @every_case
