@@ -9,7 +9,10 @@ from typing import Any
 from lowrank.options import NoOptions
 
 #: Options of every family by its name in `lowrank.adapters.registry.FAMILIES`.
-ADAPTER_OPTIONS: dict[str, type[Any]] = {"lora": NoOptions}
+ADAPTER_OPTIONS: dict[str, type[Any]] = {
+    "lora": NoOptions,
+    "dora": NoOptions,
+}
 
 
 def options_of(method: str, given: dict[str, Any]) -> Any:

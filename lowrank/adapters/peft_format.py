@@ -41,7 +41,9 @@ def save_adapter(
     from safetensors.torch import save_file
 
     family = type(next(iter(adapters.values())))
-    tensors = {f"{_SHARED}{name}": tensor for name, tensor in family.shared_tensors(adapters).items()}
+    shared = family.shared_tensors(adapters)
+    check_finite("shared", shared)
+    tensors = {f"{_SHARED}{name}": tensor for name, tensor in shared.items()}
     for module, adapter in adapters.items():
         named = adapter.tensors()
         check_finite(module, named)
@@ -84,7 +86,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         config: dict[str, Any] = json.loads((directory / CONFIG).read_text())
     except (OSError, ValueError) as error:
         raise AdapterError(f"load adapter {directory}: {CONFIG} is missing or damaged ({error}).") from error
-    if family_of(config.get("peft_type", "")) is None:
+    if family_of(config) is None:
         known = ", ".join(sorted({family.peft_type for family in FAMILIES.values()}))
         raise AdapterError(f"load adapter {directory}: peft_type {config.get('peft_type')!r}; allowed are {known}.")
     return config
@@ -100,14 +102,14 @@ def load_adapter(directory: Path) -> dict[str, Adapter]:
     from safetensors.torch import load_file
 
     config = read_config(directory)
-    family = family_of(config["peft_type"])
+    family = family_of(config)
     assert family is not None
     try:
         tensors = load_file(directory / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"load adapter {directory}: {WEIGHTS} is missing or damaged ({error}).") from error
     layers, shared = _by_module(tensors, family.prefix)
-    for module, named in layers.items():
+    for module, named in {**layers, "shared": shared}.items():
         try:
             check_finite(module, named)
         except AdapterError as error:

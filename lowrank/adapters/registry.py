@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lowrank.adapters.base import Adapter, Layer
+from lowrank.adapters.dora import DoRA
 from lowrank.adapters.lora import LoRA
 from lowrank.config import AdapterConfig
 
-FAMILIES: dict[str, type[Adapter]] = {"lora": LoRA}
+FAMILIES: dict[str, type[Adapter]] = {
+    "lora": LoRA,
+    "dora": DoRA,
+}
 
 
 def initial_adapters(layers: Sequence[Layer], config: AdapterConfig) -> dict[str, Adapter]:
@@ -20,6 +25,12 @@ def initial_adapters(layers: Sequence[Layer], config: AdapterConfig) -> dict[str
     return dict(FAMILIES[config.method].initial_all(layers, config))
 
 
-def family_of(peft_type: str) -> type[Adapter] | None:
-    """The family that writes this `peft_type`, or None."""
-    return next((family for family in FAMILIES.values() if family.peft_type == peft_type), None)
+def family_of(config: Mapping[str, Any]) -> type[Adapter] | None:
+    """The family of a directory by its `adapter_config.json`, or None: the one that wrote it, else by `peft_type`.
+
+    Several families share PEFT's `LORA`: of files that others wrote, those with `use_dora` are DoRA, the rest LoRA.
+    """
+    peft_type, written = config.get("peft_type"), config.get("rankline") or {}
+    method = written.get("method", "dora" if config.get("use_dora") else None)
+    families = [FAMILIES[method]] if method in FAMILIES else []
+    return next((family for family in [*families, *FAMILIES.values()] if family.peft_type == peft_type), None)
