@@ -4,14 +4,70 @@ They are what `finetune.adapter.options` of a pipeline holds; all are part of th
 family's name to its class.
 """
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
-from lowrank.options import NoOptions
+from lowrank.options import STRICT, NoOptions, at_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class DyLoRAOptions:
+    """DyLoRA."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    r_min: int = 1
+    """Smallest rank that is trained, >= 1 and at most r."""
+    train: Literal["nested", "frozen"] = "nested"
+    """`nested` trains the first b components at every draw of b, `frozen` the b-th alone."""
+    eval_rank: int | None = None
+    """Rank that answers outside of training, >= 1 and at most r; null takes r."""
+
+    def __post_init__(self) -> None:
+        at_least(1, r_min=self.r_min, eval_rank=self.eval_rank)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAXSOptions:
+    """LoRA-XS."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    init_std: float = 1e-5
+    """Standard deviation of R at the start, >= 0."""
+    n_iter: int = 4
+    """Power iterations of the randomized SVD of W, >= 0."""
+
+    def __post_init__(self) -> None:
+        at_least(0, init_std=self.init_std, n_iter=self.n_iter)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VeRAOptions:
+    """VeRA."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    d_initial: float = 0.1
+    """First value of every entry of d, > 0; 0.1 or less."""
+    projection_prng_key: int = 0
+    """Seed of the shared frozen projections, >= 0; PEFT draws the same ones from it."""
+
+    def __post_init__(self) -> None:
+        at_least(0, projection_prng_key=self.projection_prng_key)
+        if not self.d_initial > 0:
+            raise ValueError(f"d_initial = {self.d_initial}. Set d_initial > 0.")
+
 
 #: Options of every family by its name in `lowrank.adapters.registry.FAMILIES`.
 ADAPTER_OPTIONS: dict[str, type[Any]] = {
     "lora": NoOptions,
     "dora": NoOptions,
+    "vera": VeRAOptions,
+    "lora_fa": NoOptions,
+    "lora_xs": LoRAXSOptions,
+    "hira": NoOptions,
+    "dylora": DyLoRAOptions,
 }
 
 

@@ -83,6 +83,11 @@ class AdapterConfig:
     method: Literal[
         "lora",
         "dora",
+        "vera",
+        "lora_fa",
+        "lora_xs",
+        "hira",
+        "dylora",
     ] = "lora"
     """Adapter family; `rankline methods` lists them."""
     r: Annotated[int, Ge(1)] | None = None

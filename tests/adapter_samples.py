@@ -57,6 +57,33 @@ SAMPLES: dict[str, list[Sample]] = {
             hold=hold_row_norms,
         ),
     ],
+    "vera": [
+        Sample({"r": 5, "lora_alpha": 8.0}, lambda m, n: m + 5, scale=1.0),
+        Sample(
+            {"r": 40, "lora_alpha": 8.0, "options": {"d_initial": 0.02, "projection_prng_key": 3}},
+            lambda m, n: m + 40,
+            scale=1.0,
+        ),
+    ],
+    "lora_fa": [
+        Sample({"r": 4, "lora_alpha": 8.0}, lambda m, n: 4 * m),
+        Sample({"r": 3, "lora_alpha": 2.0, "use_rslora": True, "init": "gaussian"}, lambda m, n: 3 * m, scale=2.0),
+    ],
+    "lora_xs": [
+        Sample({"r": 4, "lora_alpha": 8.0}, lambda m, n: 16, starts_at=1e-4),
+        Sample({"r": 6, "lora_alpha": 5.0, "options": {"init_std": 0.0}}, lambda m, n: 36),
+    ],
+    "hira": [
+        Sample({"r": 4, "lora_alpha": 8.0}, lambda m, n: 4 * (m + n)),
+        Sample({"r": 3, "lora_alpha": 8.0, "init": "gaussian"}, lambda m, n: 3 * (m + n)),
+    ],
+    "dylora": [
+        Sample({"r": 4, "lora_alpha": 8.0, "options": {"r_min": 2}}, lambda m, n: 4 * (m + n)),
+        Sample(
+            {"r": 6, "lora_alpha": 5.0, "use_rslora": True, "options": {"train": "frozen", "eval_rank": 4}},
+            lambda m, n: 6 * (m + n),
+        ),
+    ],
 }
 
 CASES = [

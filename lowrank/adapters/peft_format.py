@@ -60,6 +60,7 @@ def _peft_config(adapters: Mapping[str, Adapter], config: AdapterConfig, base: M
     ranks = {module: adapter.r for module, adapter in adapters.items()}
     common = Counter(ranks.values()).most_common(1)[0][0]
     settings = family.peft_settings(config)
+    shapes = {module: list(adapter.shape) for module, adapter in sorted(adapters.items())}
     if "fan_in_fan_out" in settings:
         settings["fan_in_fan_out"] = bool(base.get("fan_in_fan_out", False))
     return {
@@ -71,7 +72,7 @@ def _peft_config(adapters: Mapping[str, Adapter], config: AdapterConfig, base: M
         "alpha_pattern": dict(config.alpha_pattern),
         "target_modules": sorted(adapters),
         "inference_mode": True,
-        "rankline": dict(base) | {"method": config.method, "options": dict(config.options)},
+        "rankline": dict(base) | {"method": config.method, "options": dict(config.options), "shapes": shapes},
         **settings,
     }
 

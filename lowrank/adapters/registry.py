@@ -7,12 +7,22 @@ from typing import Any
 
 from lowrank.adapters.base import Adapter, Layer
 from lowrank.adapters.dora import DoRA
+from lowrank.adapters.dylora import DyLoRA
+from lowrank.adapters.hira import HiRA
 from lowrank.adapters.lora import LoRA
+from lowrank.adapters.lora_fa import LoRAFA
+from lowrank.adapters.lora_xs import LoRAXS
+from lowrank.adapters.vera import VeRA
 from lowrank.config import AdapterConfig
 
 FAMILIES: dict[str, type[Adapter]] = {
     "lora": LoRA,
     "dora": DoRA,
+    "vera": VeRA,
+    "lora_fa": LoRAFA,
+    "lora_xs": LoRAXS,
+    "hira": HiRA,
+    "dylora": DyLoRA,
 }
 
 

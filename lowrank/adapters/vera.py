@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from lowrank.adapter_options import VeRAOptions, options_of
 from lowrank.adapters.base import Adapter, Export, Layer
-from lowrank.adapters.settings import common_rank, dropout_of
+from lowrank.adapters.settings import common_rank, dropout_of, shapes_from
 from lowrank.config import AdapterConfig
 from lowrank.errors import AdapterError
 
@@ -51,7 +51,18 @@ class VeRA(Adapter):
     export: ClassVar[Export] = "exact"
 
     def __init__(self, b: Tensor, d: Tensor, n: int, projections: Projections, dropout: float = 0.0) -> None:
-        """Args: b: (m,). d: (r,). n: in_features. projections: A and B of all layers. dropout: on the input."""
+        """The layer's vectors over what all layers share.
+
+        Args:
+            b: (m,).
+            d: (r,).
+            n: in_features; 0 where a file does not tell it, and then that of the first input.
+            projections: A and B.
+            dropout: on the input while training, in [0, 1).
+
+        Raises:
+            AdapterError: the projections are too small, or of another rank.
+        """
         if projections.a.shape[1] < n or projections.b.shape[0] < len(b) or projections.b.shape[1] != len(d):
             raise AdapterError(
                 f"VeRA projections A {tuple(projections.a.shape)} and B {tuple(projections.b.shape)} do not fit a "
@@ -89,13 +100,23 @@ class VeRA(Adapter):
         """Length of d."""
         return len(self.vera_lambda_d)
 
+    def _learn(self, n: int) -> None:
+        """in_features where the file did not tell it."""
+        self.shape = (self.shape[0], self.shape[1] or n)
+
     def _pair(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """This layer's part of A and of B."""
         m, n = self.shape
+        if not n:
+            raise AdapterError(
+                f"compute the change of a VeRA adapter ({m}x?): its file does not tell in_features. Call "
+                "delta_weight(weight), or the adapted layer once."
+            )
         return self.projections.a[:, :n].to(dtype), self.projections.b[:m].to(dtype)
 
     def delta(self, x: Tensor) -> Tensor:
         """b ∘ B(d ∘ A x) for x (..., n): (..., m)."""
+        self._learn(x.shape[-1])
         a, b = self._pair(x.dtype)
         inner = F.linear(x, a) * self.vera_lambda_d.to(x.dtype)
         return F.linear(inner, b) * (self.scaling * self.vera_lambda_b.to(x.dtype))
@@ -107,7 +128,8 @@ class VeRA(Adapter):
 
     def delta_weight(self, weight: Tensor | None = None) -> Tensor:
         """diag(b)·B·diag(d)·A (m, n)."""
-        del weight
+        if weight is not None:
+            self._learn(weight.shape[1])
         left, right = self.low_rank()
         return left @ right
 
@@ -131,13 +153,33 @@ class VeRA(Adapter):
     def load_all(
         cls, tensors: Mapping[str, Mapping[str, Tensor]], shared: Mapping[str, Tensor], config: Mapping[str, Any]
     ) -> dict[str, Self]:
-        """Every layer over the stored projections.
+        """Every layer over the stored projections; in_features by our own files, else by the first input.
 
         Raises:
-            AdapterError: the file holds none (PEFT's `save_projection: false`).
+            AdapterError: the file holds no projections (PEFT's `save_projection: false`).
         """
         if "vera_A" not in shared or "vera_B" not in shared:
             raise AdapterError(
                 "load a VeRA adapter: its file holds no vera_A and vera_B. Save it with save_projection: true."
             )
-        raise NotImplementedError
+        projections = Projections(shared["vera_A"].float(), shared["vera_B"].float())
+        shapes, dropout = shapes_from(config), dropout_of(config, "vera_dropout")
+        made = {}
+        for module, named in tensors.items():
+            b, d = named["vera_lambda_b"].float(), named["vera_lambda_d"].float()
+            made[module] = cls(b, d, shapes.get(module, (len(b), 0))[1], projections, dropout)
+        return made
+
+    @classmethod
+    def peft_settings(cls, config: AdapterConfig) -> dict[str, Any]:
+        """As `peft.VeraConfig` names them."""
+        options: VeRAOptions = options_of(config.method, config.options)
+        return {
+            "d_initial": options.d_initial,
+            "projection_prng_key": options.projection_prng_key,
+            "save_projection": True,
+            "vera_dropout": config.lora_dropout,
+            "fan_in_fan_out": False,
+            "bias": "none",
+            "init_weights": True,
+        }
