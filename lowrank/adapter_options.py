@@ -28,6 +28,20 @@ class DyLoRAOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoRTAOptions:
+    """LoRTA."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    num_heads: int | None = None
+    """Heads that the output of every layer is cut into, >= 1 and a divisor of m; null takes the divisor of m below √m
+    that is nearest to it."""
+
+    def __post_init__(self) -> None:
+        at_least(1, num_heads=self.num_heads)
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoRAXSOptions:
     """LoRA-XS."""
 
@@ -68,6 +82,8 @@ ADAPTER_OPTIONS: dict[str, type[Any]] = {
     "lora_xs": LoRAXSOptions,
     "hira": NoOptions,
     "dylora": DyLoRAOptions,
+    "lotr": NoOptions,
+    "lorta": LoRTAOptions,
 }
 
 

@@ -88,6 +88,8 @@ class AdapterConfig:
         "lora_xs",
         "hira",
         "dylora",
+        "lotr",
+        "lorta",
     ] = "lora"
     """Adapter family; `rankline methods` lists them."""
     r: Annotated[int, Ge(1)] | None = None

@@ -84,6 +84,23 @@ SAMPLES: dict[str, list[Sample]] = {
             lambda m, n: 6 * (m + n),
         ),
     ],
+    "lotr": [
+        Sample({"r": 4, "lora_alpha": 8.0}, lambda m, n: 4 * (m + n) + 16),
+        Sample({"r": 5, "lora_alpha": 3.0, "use_rslora": True}, lambda m, n: 5 * (m + n) + 25),
+    ],
+    "lorta": [
+        # One layer and one projection here: C_layer and C_projection hold r numbers each.
+        Sample(
+            {"r": 4, "lora_alpha": 8.0, "options": {"num_heads": 2}},
+            lambda m, n: 4 * (n + m // 2 + 2 + 2),
+            scale=1.0,
+        ),
+        Sample(
+            {"r": 6, "lora_alpha": 20.0},
+            lambda m, n: 6 * (n + {24: 6 + 4, 36: 6 + 6}[m] + 2),
+            scale=1.0,
+        ),
+    ],
 }
 
 CASES = [

@@ -1,6 +1,7 @@
 """HiRA: ΔW = W ∘ (B·A), a change of high rank out of a pair A (r, n), B (m, r); there is no α.
 
-Source: Huang et al., HiRA, ICLR 2025, eq. 3; names and starts as in `peft.HiraConfig`.
+Source: Huang et al., HiRA, ICLR 2025, eq. 3; names and starts as in `peft.HiraConfig`. PEFT 0.21 does not follow the
+`rank_pattern` of a HiRA adapter: it loads those of one rank only.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from lowrank.adapters.hira import HiRA
 from lowrank.adapters.lora import LoRA
 from lowrank.adapters.lora_fa import LoRAFA
 from lowrank.adapters.lora_xs import LoRAXS
+from lowrank.adapters.tensor_layers import LoRTA, LoTR
 from lowrank.adapters.vera import VeRA
 from lowrank.config import AdapterConfig
 
@@ -23,6 +24,8 @@ FAMILIES: dict[str, type[Adapter]] = {
     "lora_xs": LoRAXS,
     "hira": HiRA,
     "dylora": DyLoRA,
+    "lotr": LoTR,
+    "lorta": LoRTA,
 }
 
 
