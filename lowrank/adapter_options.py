@@ -28,6 +28,49 @@ class DyLoRAOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdaLoRAOptions:
+    """AdaLoRA; its r is the rank that every layer starts with."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    target_r: int | None = None
+    """Mean rank of a layer in the end, >= 1 and at most r; null takes two thirds of r."""
+    initial_steps: int = 0
+    """Optimizer steps before any rank is taken away, >= 0."""
+    final_steps: int = 0
+    """Last optimizer steps, in which the ranks no longer change, >= 0."""
+    interval: int = 1
+    """Optimizer steps between two choices of the ranks, >= 1."""
+    beta1: float = 0.85
+    """Smoothing of the importance |w · ∂L/∂w|, in (0, 1)."""
+    beta2: float = 0.85
+    """Smoothing of its uncertainty, in (0, 1)."""
+    orthogonal_weight: float = 0.5
+    """γ ≥ 0 of γ·(‖PᵀP − I‖² + ‖QQᵀ − I‖²), averaged over all P and Q; 0 disables it."""
+
+    def __post_init__(self) -> None:
+        at_least(0, initial_steps=self.initial_steps, final_steps=self.final_steps)
+        at_least(0, orthogonal_weight=self.orthogonal_weight)
+        at_least(1, target_r=self.target_r, interval=self.interval)
+        for name, value in (("beta1", self.beta1), ("beta2", self.beta2)):
+            if not 0 < value < 1:
+                raise ValueError(f"{name} = {value}. Set 0 < {name} < 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoLAROptions:
+    """PoLAR."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    landing_weight: float = 1.0
+    """λ >= 0 of the pull back to orthonormal columns in the landing direction."""
+
+    def __post_init__(self) -> None:
+        at_least(0, landing_weight=self.landing_weight)
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoRTAOptions:
     """LoRTA."""
 
@@ -84,6 +127,8 @@ ADAPTER_OPTIONS: dict[str, type[Any]] = {
     "dylora": DyLoRAOptions,
     "lotr": NoOptions,
     "lorta": LoRTAOptions,
+    "adalora": AdaLoRAOptions,
+    "polar": PoLAROptions,
 }
 
 

@@ -90,6 +90,8 @@ class AdapterConfig:
         "dylora",
         "lotr",
         "lorta",
+        "adalora",
+        "polar",
     ] = "lora"
     """Adapter family; `rankline methods` lists them."""
     r: Annotated[int, Ge(1)] | None = None

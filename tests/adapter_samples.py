@@ -101,6 +101,14 @@ SAMPLES: dict[str, list[Sample]] = {
             scale=1.0,
         ),
     ],
+    "adalora": [
+        Sample({"r": 4, "lora_alpha": 8.0}, lambda m, n: 4 * (m + n + 1)),
+        Sample({"r": 6, "lora_alpha": 15.0, "options": {"target_r": 2}}, lambda m, n: 6 * (m + n + 1)),
+    ],
+    "polar": [
+        Sample({"r": 4, "lora_alpha": 8.0}, lambda m, n: 4 * (m + n) + 16),
+        Sample({"r": 3, "lora_alpha": 5.0, "use_rslora": True}, lambda m, n: 3 * (m + n) + 9),
+    ],
 }
 
 CASES = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lowrank.adapters.adalora import AdaLoRA
 from lowrank.adapters.base import Adapter, Layer
 from lowrank.adapters.dora import DoRA
 from lowrank.adapters.dylora import DyLoRA
@@ -12,6 +13,7 @@ from lowrank.adapters.hira import HiRA
 from lowrank.adapters.lora import LoRA
 from lowrank.adapters.lora_fa import LoRAFA
 from lowrank.adapters.lora_xs import LoRAXS
+from lowrank.adapters.polar import PoLAR
 from lowrank.adapters.tensor_layers import LoRTA, LoTR
 from lowrank.adapters.vera import VeRA
 from lowrank.config import AdapterConfig
@@ -26,6 +28,8 @@ FAMILIES: dict[str, type[Adapter]] = {
     "dylora": DyLoRA,
     "lotr": LoTR,
     "lorta": LoRTA,
+    "adalora": AdaLoRA,
+    "polar": PoLAR,
 }
 
 

@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 import torch
 from adapter_samples import randomize
-from peft import HiraConfig, LoraConfig, PeftModel, VeraConfig, get_peft_model
+from peft import AdaLoraConfig, HiraConfig, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from tiny import tiny_model
 from torch import Tensor, nn
 
+from lowrank.adapter_options import AdaLoRAOptions
 from lowrank.adapters.base import Adapter, Layer
 from lowrank.adapters.peft_format import load_adapter, save_adapter
+from lowrank.adapters.rank_budget import RankBudget
 from lowrank.adapters.registry import FAMILIES, initial_adapters
 from lowrank.config import AdapterConfig
 from lowrank.inject import inject
@@ -24,11 +26,13 @@ OURS: dict[str, list[dict[str, Any]]] = {
     "dora": [{"lora_alpha": 8.0}, {"lora_alpha": 3.0, "use_rslora": True, "rank_pattern": {"up_proj": 5}}],
     "vera": [{"lora_alpha": 8.0}, {"options": {"projection_prng_key": 7, "d_initial": 0.5}}],
     "hira": [{"lora_alpha": 8.0}, {"r": 5, "init": "gaussian"}],
+    "adalora": [{"lora_alpha": 8.0}, {"r": 6, "lora_alpha": 20.0, "options": {"target_r": 2, "initial_steps": 9}}],
 }
 THEIRS: dict[str, Any] = {
     "dora": LoraConfig(r=3, lora_alpha=8, use_dora=True, target_modules=TARGETS),
     "vera": VeraConfig(r=3, target_modules=TARGETS),
     "hira": HiraConfig(r=3, target_modules=TARGETS),
+    "adalora": AdaLoraConfig(init_r=4, target_r=3, lora_alpha=7, total_step=9, tfinal=3, target_modules=TARGETS),
 }
 #: PEFT's names of the tensors that it trains.
 TRAINED = ("lora_", "vera_lambda_", "hira_")
@@ -114,3 +118,35 @@ def test_dropout_falls_on_all_that_dora_scales(tmp_path: Path) -> None:
         torch.manual_seed(3)
         outputs.append(layer.train()(x))
     torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
+
+
+def _allocate(model: Any, step: int, gradients: dict[str, Tensor]) -> None:
+    """One step of PEFT's allocator under the given gradients."""
+    for name, parameter in model.named_parameters():
+        parameter.grad = gradients.get(name)
+    model.base_model.update_and_allocate(step)
+
+
+def test_its_budget_takes_what_pefts_takes(tmp_path: Path) -> None:
+    """The same gradients step by step: the same e are 0, to the end, and so is the pruned file that PEFT saves."""
+    torch.manual_seed(0)
+    config, options = THEIRS["adalora"], AdaLoRAOptions(target_r=3, final_steps=3)
+    model, budget = get_peft_model(tiny_model(), config), RankBudget(4, options, total_steps=9)
+    theirs = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    with torch.no_grad():
+        for parameter in theirs.values():
+            parameter.copy_(torch.randn_like(parameter))
+    names = {name: name.removesuffix(".default").lower().replace(".lora_", ":lora_") for name in theirs}
+    ours = {names[name]: p.detach().clone() for name, p in theirs.items()}
+    for step in range(1, 10):
+        gradients = {name: torch.randn_like(p) for name, p in theirs.items()}
+        _allocate(model, step, gradients)
+        changed = budget.observe(step, ours, {names[name]: g for name, g in gradients.items()})
+        assert all(tensor is ours[name] for name, tensor in changed.items())
+        for name, parameter in theirs.items():
+            assert torch.equal(ours[names[name]], parameter), (step, name)
+    assert sum(int(kept.sum()) for name, kept in budget.state().items() if name.startswith("kept/")) == 3 * len(
+        layers()
+    )
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits_of(ours_of(load_adapter(tmp_path))), logits_of(model), rtol=1e-5, atol=1e-5)
