@@ -80,7 +80,19 @@ class AdapterConfig:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
-    method: Literal["lora"] = "lora"
+    method: Literal[
+        "lora",
+        "dora",
+        "vera",
+        "lora_fa",
+        "lora_xs",
+        "hira",
+        "dylora",
+        "lotr",
+        "lorta",
+        "adalora",
+        "polar",
+    ] = "lora"
     """Adapter family; `rankline methods` lists them."""
     target_modules: list[str] | None = field(default=None, hash=False)
     """Which of the decomposed layers get an adapter: regular expressions of the end of a module's name; null is all.

@@ -41,7 +41,9 @@ def save_adapter(
     from safetensors.torch import save_file
 
     family = type(next(iter(adapters.values())))
-    tensors = {f"{_SHARED}{name}": tensor for name, tensor in family.shared_tensors(adapters).items()}
+    shared = family.shared_tensors(adapters)
+    check_finite("shared", shared)
+    tensors = {f"{_SHARED}{name}": tensor for name, tensor in shared.items()}
     for module, adapter in adapters.items():
         named = adapter.tensors()
         check_finite(module, named)
@@ -58,6 +60,7 @@ def _peft_config(adapters: Mapping[str, Adapter], config: AdapterConfig, base: M
     ranks = {module: adapter.r for module, adapter in adapters.items()}
     common = Counter(ranks.values()).most_common(1)[0][0]
     settings = family.peft_settings(config)
+    shapes = {module: list(adapter.shape) for module, adapter in sorted(adapters.items())}
     if "fan_in_fan_out" in settings:
         settings["fan_in_fan_out"] = bool(base.get("fan_in_fan_out", False))
     return {
@@ -69,7 +72,7 @@ def _peft_config(adapters: Mapping[str, Adapter], config: AdapterConfig, base: M
         "alpha_pattern": dict(config.alpha_pattern),
         "target_modules": sorted(adapters),
         "inference_mode": True,
-        "rankline": dict(base) | {"method": config.method, "options": dict(config.options)},
+        "rankline": dict(base) | {"method": config.method, "options": dict(config.options), "shapes": shapes},
         **settings,
     }
 
@@ -84,7 +87,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         config: dict[str, Any] = json.loads((directory / CONFIG).read_text())
     except (OSError, ValueError) as error:
         raise AdapterError(f"load adapter {directory}: {CONFIG} is missing or damaged ({error}).") from error
-    if family_of(config.get("peft_type", "")) is None:
+    if family_of(config) is None:
         known = ", ".join(sorted({family.peft_type for family in FAMILIES.values()}))
         raise AdapterError(f"load adapter {directory}: peft_type {config.get('peft_type')!r}; allowed are {known}.")
     return config
@@ -100,14 +103,14 @@ def load_adapter(directory: Path) -> dict[str, Adapter]:
     from safetensors.torch import load_file
 
     config = read_config(directory)
-    family = family_of(config["peft_type"])
+    family = family_of(config)
     assert family is not None
     try:
         tensors = load_file(directory / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"load adapter {directory}: {WEIGHTS} is missing or damaged ({error}).") from error
     layers, shared = _by_module(tensors, family.prefix)
-    for module, named in layers.items():
+    for module, named in {**layers, "shared": shared}.items():
         try:
             check_finite(module, named)
         except AdapterError as error:

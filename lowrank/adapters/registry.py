@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from lowrank.adapters.adalora import AdaLoRA
 from lowrank.adapters.base import Adapter, Layer, matched
+from lowrank.adapters.dora import DoRA
+from lowrank.adapters.dylora import DyLoRA
+from lowrank.adapters.hira import HiRA
 from lowrank.adapters.lora import LoRA
+from lowrank.adapters.lora_fa import LoRAFA
+from lowrank.adapters.lora_xs import LoRAXS
+from lowrank.adapters.polar import PoLAR
+from lowrank.adapters.tensor_layers import LoRTA, LoTR
+from lowrank.adapters.vera import VeRA
 from lowrank.config import AdapterConfig
 from lowrank.errors import AdapterError
 
-FAMILIES: dict[str, type[Adapter]] = {"lora": LoRA}
+FAMILIES: dict[str, type[Adapter]] = {
+    "lora": LoRA,
+    "dora": DoRA,
+    "vera": VeRA,
+    "lora_fa": LoRAFA,
+    "lora_xs": LoRAXS,
+    "hira": HiRA,
+    "dylora": DyLoRA,
+    "lotr": LoTR,
+    "lorta": LoRTA,
+    "adalora": AdaLoRA,
+    "polar": PoLAR,
+}
 
 
 def initial_adapters(layers: Sequence[Layer], config: AdapterConfig) -> dict[str, Adapter]:
@@ -30,6 +52,12 @@ def initial_adapters(layers: Sequence[Layer], config: AdapterConfig) -> dict[str
     return dict(FAMILIES[config.method].initial_all(chosen, config))
 
 
-def family_of(peft_type: str) -> type[Adapter] | None:
-    """The family that writes this `peft_type`, or None."""
-    return next((family for family in FAMILIES.values() if family.peft_type == peft_type), None)
+def family_of(config: Mapping[str, Any]) -> type[Adapter] | None:
+    """The family of a directory by its `adapter_config.json`, or None: the one that wrote it, else by `peft_type`.
+
+    Several families share PEFT's `LORA`: of files that others wrote, those with `use_dora` are DoRA, the rest LoRA.
+    """
+    peft_type, written = config.get("peft_type"), config.get("rankline") or {}
+    method = written.get("method", "dora" if config.get("use_dora") else None)
+    families = [FAMILIES[method]] if method in FAMILIES else []
+    return next((family for family in [*families, *FAMILIES.values()] if family.peft_type == peft_type), None)

@@ -32,6 +32,20 @@ def rank_of(layer: Layer, config: AdapterConfig, largest: int | None = None) -> 
     return r
 
 
+def common_rank(config: AdapterConfig, method: str) -> int:
+    """r of all layers, for families whose layers share parameters: `config.r`, else 16.
+
+    Raises:
+        AdapterError: a pattern gives some layers another rank.
+    """
+    if config.rank_pattern:
+        raise AdapterError(
+            f"initialise {method}: its layers share one rank, got rank_pattern {dict(config.rank_pattern)}. "
+            "Set finetune.adapter.r instead."
+        )
+    return config.r or DEFAULT_RANK
+
+
 def scaling_for(layer: Layer, config: AdapterConfig, r: int) -> float:
     """s of a layer: the alpha of its pattern or of the configuration, by its own rank."""
     return scaling_of(matched(config.alpha_pattern, layer.name, config.lora_alpha), r, config.use_rslora)
@@ -46,3 +60,14 @@ def scaling_from(config: Mapping[str, Any], module: str, r: int, alpha: str = "l
 def dropout_of(config: Mapping[str, Any], name: str = "lora_dropout") -> float:
     """Dropout on the input of a stored adapter."""
     return float(config.get(name) or 0.0)
+
+
+def shapes_from(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """(m, n) of every module, as our own files tell them; empty for files that others wrote."""
+    stored = (config.get("rankline") or {}).get("shapes") or {}
+    return {module: (int(m), int(n)) for module, (m, n) in stored.items()}
+
+
+def options_from(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The family's options, as our own files tell them."""
+    return dict((config.get("rankline") or {}).get("options") or {})
