@@ -37,6 +37,16 @@ SAMPLES: dict[str, list[Sample]] = {
         Sample({"r": 4, "lora_alpha": 8.0}, lambda m, n: 4 * (m + n)),
         Sample({"r": 4, "lora_alpha": 3.0, "use_rslora": True, "init": "gaussian"}, lambda m, n: 4 * (m + n)),
     ],
+    "loha": [
+        Sample({"r": 3, "lora_alpha": 7.0}, lambda m, n: 6 * (m + n)),
+        Sample({"r": 3, "lora_alpha": 2.0, "options": {"init": "lycoris"}}, lambda m, n: 6 * (m + n)),
+        # r² > min(m, n), and so large that ΔW is applied by rows: only a cut of it is a LoRA.
+        Sample({"r": 6, "lora_alpha": 3.0}, lambda m, n: 12 * (m + n)),
+    ],
+    "abba": [
+        Sample({"r": 3, "lora_alpha": 2.0}, lambda m, n: 6 * (m + n)),
+        Sample({"r": 2, "lora_alpha": 3.0, "options": {"r1": 4, "alpha1": 0.5}}, lambda m, n: 6 * (m + n)),
+    ],
 }
 
 CASES = [

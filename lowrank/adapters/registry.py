@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lowrank.adapters.abba import ABBA
 from lowrank.adapters.base import Adapter, Layer
+from lowrank.adapters.loha import LoHA
 from lowrank.adapters.lora import LoRA
 from lowrank.config import AdapterConfig
 
-FAMILIES: dict[str, type[Adapter]] = {"lora": LoRA}
+FAMILIES: dict[str, type[Adapter]] = {
+    "lora": LoRA,
+    "loha": LoHA,
+    "abba": ABBA,
+}
 
 
 def initial_adapters(layers: Sequence[Layer], config: AdapterConfig) -> dict[str, Adapter]:
