@@ -111,6 +111,8 @@ ADAPTER_OPTIONS: dict[str, type[Any]] = {
     "lora": NoOptions,
     "loha": LoHAOptions,
     "abba": ABBAOptions,
+    "lokr": LoKrOptions,
+    "krona": KronAOptions,
 }
 
 

@@ -12,6 +12,8 @@ from lowrank.adapters.registry import FAMILIES
 from lowrank.config import AdapterConfig
 
 SHAPES = [(24, 36), (36, 24), (24, 24)]
+#: The divisors nearest the root.
+ROOT, ROUND = {24: 4, 36: 6}, {24: 6, 36: 6}
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,22 @@ SAMPLES: dict[str, list[Sample]] = {
         Sample({"r": 3, "lora_alpha": 2.0, "options": {"init": "lycoris"}}, lambda m, n: 6 * (m + n)),
         # r² > min(m, n), and so large that ΔW is applied by rows: only a cut of it is a LoRA.
         Sample({"r": 6, "lora_alpha": 3.0}, lambda m, n: 12 * (m + n)),
+    ],
+    "lokr": [
+        # 24 = 4·6 and 36 = 6·6: W1 (4 or 6, 6 or 4), W2a W2b of rank 2.
+        Sample({"r": 2, "lora_alpha": 3.0}, lambda m, n: ROOT[m] * ROOT[n] + 2 * (6 + 6)),
+        Sample(
+            {"r": 2, "lora_alpha": 3.0, "options": {"decompose_both": True, "init": "lycoris"}},
+            lambda m, n: 2 * (ROOT[m] + ROOT[n] + ROUND[m] + ROUND[n]),
+            shapes=[(24, 36), (36, 24)],
+        ),
+        # 3·8 and 3·12; then W2 full, as r >= 12/2, whose ΔW has no smaller LoRA.
+        Sample({"r": 3, "lora_alpha": 2.0, "options": {"factor": 3}}, lambda m, n: 9 + 3 * (m + n) // 3),
+        Sample({"r": 6, "lora_alpha": 5.0, "options": {"factor": 3, "init": "lycoris"}}, lambda m, n: 9 + m * n // 9),
+    ],
+    "krona": [
+        Sample({"lora_alpha": 2.0}, lambda m, n: ROOT[m] * ROOT[n] + 36),
+        Sample({"r": 7, "lora_alpha": 9.0, "options": {"factor": 2}}, lambda m, n: 4 + m * n // 4, shapes=[(24, 28)]),
     ],
     "abba": [
         Sample({"r": 3, "lora_alpha": 2.0}, lambda m, n: 6 * (m + n)),
