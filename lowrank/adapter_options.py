@@ -113,6 +113,8 @@ ADAPTER_OPTIONS: dict[str, type[Any]] = {
     "abba": ABBAOptions,
     "lokr": LoKrOptions,
     "krona": KronAOptions,
+    "lokh": LoKHOptions,
+    "kradapter": KRAdapterOptions,
 }
 
 

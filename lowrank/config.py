@@ -80,7 +80,7 @@ class AdapterConfig:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
-    method: Literal["lora", "loha", "abba", "lokr", "krona"] = "lora"
+    method: Literal["lora", "loha", "abba", "lokr", "krona", "lokh", "kradapter"] = "lora"
     """Adapter family; `rankline methods` lists them."""
     r: Annotated[int, Ge(1)] | None = None
     """Rank. Null takes the rank of the split (`init: split`) per tensor, else 16."""

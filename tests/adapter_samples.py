@@ -61,6 +61,30 @@ SAMPLES: dict[str, list[Sample]] = {
         Sample({"lora_alpha": 2.0}, lambda m, n: ROOT[m] * ROOT[n] + 36),
         Sample({"r": 7, "lora_alpha": 9.0, "options": {"factor": 2}}, lambda m, n: 4 + m * n // 4, shapes=[(24, 28)]),
     ],
+    "lokh": [
+        Sample({"r": 3, "lora_alpha": 4.0}, lambda m, n: 3 * (ROOT[max(m, n)] + 6 + 2 * min(m, n))),
+        # 5·8 rows trimmed to 36 or 24, and r² >= min(m, n): only a cut of it is a LoRA.
+        Sample(
+            {"r": 5, "lora_alpha": 4.0, "use_rslora": True, "options": {"shape": (5, 8), "trim": True}},
+            lambda m, n: 5 * (5 + 8 + 2 * min(m, n)),
+        ),
+        Sample({"lora_alpha": 3.0, "options": {"form": "chain"}}, lambda m, n: (ROOT[max(m, n)] + 6) * min(m, n)),
+        Sample(
+            {"lora_alpha": 2.0, "options": {"form": "chain", "shape": (2, 3, 6)}},
+            lambda m, n: 11 * 24,
+            shapes=[(24, 36), (36, 24)],
+        ),
+        Sample(
+            {"lora_alpha": 2.0, "options": {"form": "chain", "num_factors": 4, "trim": True}},
+            lambda m, n: (2 + 2 + 3 + 3) * min(m, n),
+            scale=1.0,
+            shapes=[(24, 36), (36, 24)],
+        ),
+    ],
+    "kradapter": [
+        Sample({}, lambda m, n: (ROOT[max(m, n)] + 6) * min(m, n)),
+        Sample({"options": {"scale": 0.5}}, lambda m, n: (5 + 6) * 20, scale=1.0, shapes=[(20, 27), (27, 20)]),
+    ],
     "abba": [
         Sample({"r": 3, "lora_alpha": 2.0}, lambda m, n: 6 * (m + n)),
         Sample({"r": 2, "lora_alpha": 3.0, "options": {"r1": 4, "alpha1": 0.5}}, lambda m, n: 6 * (m + n)),

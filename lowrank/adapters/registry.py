@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from lowrank.adapters.abba import ABBA
 from lowrank.adapters.base import Adapter, Layer
 from lowrank.adapters.loha import LoHA
+from lowrank.adapters.lokh import KRAdapter, LoKH
 from lowrank.adapters.lokr import KronA, LoKr
 from lowrank.adapters.lora import LoRA
 from lowrank.config import AdapterConfig
@@ -17,6 +18,8 @@ FAMILIES: dict[str, type[Adapter]] = {
     "abba": ABBA,
     "lokr": LoKr,
     "krona": KronA,
+    "lokh": LoKH,
+    "kradapter": KRAdapter,
 }
 
 
