@@ -116,6 +116,102 @@ class VeRAOptions:
             raise ValueError(f"d_initial = {self.d_initial}. Set d_initial > 0.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoHAOptions:
+    """LoHA."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    init: Literal["peft", "lycoris"] = "peft"
+    """Start at ΔW = 0. `peft`: W2b = 0, the others Kaiming. `lycoris`: W2a = 0, W1a ~ N(0, 0.01), others N(0, 1)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ABBAOptions:
+    """ABBA."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    r1: int | None = None
+    """Rank of the pair that starts as the SVD of W, >= 1; null takes r."""
+    alpha1: float | None = None
+    """α₁ > 0 of the scaling √α₁·√α₂, where α₂ is `lora_alpha`; null takes α₂."""
+
+    def __post_init__(self) -> None:
+        at_least(1, r1=self.r1)
+        if self.alpha1 is not None and not self.alpha1 > 0:
+            raise ValueError(f"alpha1 = {self.alpha1}. Set alpha1 > 0.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoKrOptions:
+    """LoKr."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    factor: int = -1
+    """Rows and columns of W1, as near to this as divisors of m and n allow, >= 2; -1 takes those nearest the roots."""
+    decompose_both: bool = False
+    """W1 of low rank too, where r is less than half of its larger side."""
+    init: Literal["peft", "lycoris"] = "peft"
+    """Start at ΔW = 0. `peft`: W1 (or W1a) = 0, the others Kaiming. `lycoris`: W2 (or W2b) = 0, the others Kaiming."""
+
+    def __post_init__(self) -> None:
+        if self.factor != -1:
+            at_least(2, factor=self.factor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KronAOptions:
+    """KronA."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    factor: int = -1
+    """Rows and columns of W1, as near to this as divisors of m and n allow, >= 2; -1 takes those nearest the roots."""
+
+    def __post_init__(self) -> None:
+        if self.factor != -1:
+            at_least(2, factor=self.factor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoKHOptions:
+    """LoKH."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    form: Literal["low-rank", "chain"] = "low-rank"
+    """`low-rank`: two factors of rank r, a LoRA of rank r². `chain`: free factors, of full rank, merge-only."""
+    num_factors: int = 2
+    """Factors of a chain, 2 to 4, where `shape` is null; `low-rank` takes 2."""
+    shape: tuple[int, ...] | None = None
+    """Rows (p₁, …, p_L) of the factors, >= 2 each, with product max(m, n); null takes the divisors nearest its root."""
+    trim: bool = False
+    """Allow rows whose product is above max(m, n), and leave out what is beyond; a null `shape` then takes roots."""
+
+    def __post_init__(self) -> None:
+        at_least(2, num_factors=self.num_factors, shape=None if self.shape is None else min(self.shape, default=0))
+        count = self.num_factors if self.shape is None else len(self.shape)
+        most = 2 if self.form == "low-rank" else 4
+        if not 2 <= count <= most:
+            raise ValueError(f"{count} factors of the form {self.form!r}. Set num_factors (or a shape of) 2 to {most}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KRAdapterOptions:
+    """KRAdapter."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    scale: float = 1.0
+    """s > 0; `alpha_pattern` changes it for single modules, `lora_alpha` is not used."""
+
+    def __post_init__(self) -> None:
+        if not self.scale > 0:
+            raise ValueError(f"scale = {self.scale}. Set scale > 0.")
+
+
 #: Options of every family by its name in `lowrank.adapters.registry.FAMILIES`.
 ADAPTER_OPTIONS: dict[str, type[Any]] = {
     "lora": NoOptions,
@@ -129,10 +225,16 @@ ADAPTER_OPTIONS: dict[str, type[Any]] = {
     "lorta": LoRTAOptions,
     "adalora": AdaLoRAOptions,
     "polar": PoLAROptions,
+    "loha": LoHAOptions,
+    "abba": ABBAOptions,
+    "lokr": LoKrOptions,
+    "krona": KronAOptions,
+    "lokh": LoKHOptions,
+    "kradapter": KRAdapterOptions,
 }
 
 #: Families that can start from the L and R that `quantize` took out of W.
-TAKES_SPLIT = frozenset({"lora"})
+TAKES_SPLIT = frozenset({"lora", "dora", "dylora", "lora_fa"})
 
 
 def options_of(method: str, given: dict[str, Any]) -> Any:

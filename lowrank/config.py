@@ -92,6 +92,12 @@ class AdapterConfig:
         "lorta",
         "adalora",
         "polar",
+        "loha",
+        "abba",
+        "lokr",
+        "krona",
+        "lokh",
+        "kradapter",
     ] = "lora"
     """Adapter family; `rankline methods` lists them."""
     target_modules: list[str] | None = field(default=None, hash=False)

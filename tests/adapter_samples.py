@@ -13,6 +13,8 @@ from lowrank.adapters.registry import FAMILIES
 from lowrank.config import AdapterConfig
 
 SHAPES = [(24, 36), (36, 24), (24, 24)]
+#: The divisors nearest the root.
+ROOT, ROUND = {24: 4, 36: 6}, {24: 6, 36: 6}
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,56 @@ SAMPLES: dict[str, list[Sample]] = {
     "polar": [
         Sample({"r": 4, "lora_alpha": 8.0}, lambda m, n: 4 * (m + n) + 16),
         Sample({"r": 3, "lora_alpha": 5.0, "use_rslora": True}, lambda m, n: 3 * (m + n) + 9),
+    ],
+    "loha": [
+        Sample({"r": 3, "lora_alpha": 7.0}, lambda m, n: 6 * (m + n)),
+        Sample({"r": 3, "lora_alpha": 2.0, "options": {"init": "lycoris"}}, lambda m, n: 6 * (m + n)),
+        # r² > min(m, n), and so large that ΔW is applied by rows: only a cut of it is a LoRA.
+        Sample({"r": 6, "lora_alpha": 3.0}, lambda m, n: 12 * (m + n)),
+    ],
+    "lokr": [
+        # 24 = 4·6 and 36 = 6·6: W1 (4 or 6, 6 or 4), W2a W2b of rank 2.
+        Sample({"r": 2, "lora_alpha": 3.0}, lambda m, n: ROOT[m] * ROOT[n] + 2 * (6 + 6)),
+        Sample(
+            {"r": 2, "lora_alpha": 3.0, "options": {"decompose_both": True, "init": "lycoris"}},
+            lambda m, n: 2 * (ROOT[m] + ROOT[n] + ROUND[m] + ROUND[n]),
+            shapes=[(24, 36), (36, 24)],
+        ),
+        # 3·8 and 3·12; then W2 full, as r >= 12/2, whose ΔW has no smaller LoRA.
+        Sample({"r": 3, "lora_alpha": 2.0, "options": {"factor": 3}}, lambda m, n: 9 + 3 * (m + n) // 3),
+        Sample({"r": 6, "lora_alpha": 5.0, "options": {"factor": 3, "init": "lycoris"}}, lambda m, n: 9 + m * n // 9),
+    ],
+    "krona": [
+        Sample({"lora_alpha": 2.0}, lambda m, n: ROOT[m] * ROOT[n] + 36),
+        Sample({"r": 7, "lora_alpha": 9.0, "options": {"factor": 2}}, lambda m, n: 4 + m * n // 4, shapes=[(24, 28)]),
+    ],
+    "lokh": [
+        Sample({"r": 3, "lora_alpha": 4.0}, lambda m, n: 3 * (ROOT[max(m, n)] + 6 + 2 * min(m, n))),
+        # 5·8 rows trimmed to 36 or 24, and r² >= min(m, n): only a cut of it is a LoRA.
+        Sample(
+            {"r": 5, "lora_alpha": 4.0, "use_rslora": True, "options": {"shape": (5, 8), "trim": True}},
+            lambda m, n: 5 * (5 + 8 + 2 * min(m, n)),
+        ),
+        Sample({"lora_alpha": 3.0, "options": {"form": "chain"}}, lambda m, n: (ROOT[max(m, n)] + 6) * min(m, n)),
+        Sample(
+            {"lora_alpha": 2.0, "options": {"form": "chain", "shape": (2, 3, 6)}},
+            lambda m, n: 11 * 24,
+            shapes=[(24, 36), (36, 24)],
+        ),
+        Sample(
+            {"lora_alpha": 2.0, "options": {"form": "chain", "num_factors": 4, "trim": True}},
+            lambda m, n: (2 + 2 + 3 + 3) * min(m, n),
+            scale=1.0,
+            shapes=[(24, 36), (36, 24)],
+        ),
+    ],
+    "kradapter": [
+        Sample({}, lambda m, n: (ROOT[max(m, n)] + 6) * min(m, n)),
+        Sample({"options": {"scale": 0.5}}, lambda m, n: (5 + 6) * 20, scale=1.0, shapes=[(20, 27), (27, 20)]),
+    ],
+    "abba": [
+        Sample({"r": 3, "lora_alpha": 2.0}, lambda m, n: 6 * (m + n)),
+        Sample({"r": 2, "lora_alpha": 3.0, "options": {"r1": 4, "alpha1": 0.5}}, lambda m, n: 6 * (m + n)),
     ],
 }
 

@@ -61,8 +61,6 @@ class Adapter(nn.Module, ABC):
     """`peft_type` on disk: PEFT's where PEFT has the family, else our own."""
     prefix: ClassVar[str]
     """What every tensor name on disk starts with, such as `lora_`; PEFT finds a family's tensors by it."""
-    export: ClassVar[Export]
-    """Whether ΔW is a LoRA exactly, after a cut, or can only be merged into a dense weight."""
     takes_split: ClassVar[bool] = False
     """Whether it can start from the L and R that `quantize` took out of W."""
 
@@ -77,6 +75,11 @@ class Adapter(nn.Module, ABC):
     @abstractmethod
     def r(self) -> int:
         """Rank."""
+
+    @property
+    @abstractmethod
+    def export(self) -> Export:
+        """Whether ΔW is a LoRA exactly, after a cut, or can only be merged; a class attribute where it never varies."""
 
     # ---- what a family says -------------------------------------------------------------------------------------
 
@@ -173,10 +176,11 @@ class Adapter(nn.Module, ABC):
                     f"{what}: its change is no matrix of small rank. "
                     + ("Merge it into the base." if self.export == "merge-only" else "Give max_rank to cut it.")
                 )
-            return cut(*(self._svd() if form is None else factored_svd(*form)), max_rank)
+            return cut(*(self._svd(max_rank) if form is None else factored_svd(*form)), max_rank)
 
-    def _svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """U, s, Vᴴ of ΔW where there is no low-rank form."""
+    def _svd(self, keep: int) -> tuple[Tensor, Tensor, Tensor]:
+        """U, s, Vᴴ of ΔW where there is no low-rank form: all of s, and at least `keep` singular vectors."""
+        del keep
         u, s, vh = torch.linalg.svd(self.delta_weight().double(), full_matrices=False)
         return u.float(), s.float(), vh.float()
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lowrank.adapters.abba import ABBA
 from lowrank.adapters.adalora import AdaLoRA
 from lowrank.adapters.base import Adapter, Layer, matched
 from lowrank.adapters.dora import DoRA
 from lowrank.adapters.dylora import DyLoRA
 from lowrank.adapters.hira import HiRA
+from lowrank.adapters.loha import LoHA
+from lowrank.adapters.lokh import KRAdapter, LoKH
+from lowrank.adapters.lokr import KronA, LoKr
 from lowrank.adapters.lora import LoRA
 from lowrank.adapters.lora_fa import LoRAFA
 from lowrank.adapters.lora_xs import LoRAXS
@@ -31,6 +35,12 @@ FAMILIES: dict[str, type[Adapter]] = {
     "lorta": LoRTA,
     "adalora": AdaLoRA,
     "polar": PoLAR,
+    "loha": LoHA,
+    "abba": ABBA,
+    "lokr": LoKr,
+    "krona": KronA,
+    "lokh": LoKH,
+    "kradapter": KRAdapter,
 }
 
 

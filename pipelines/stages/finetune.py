@@ -58,7 +58,7 @@ def run(ctx: Context) -> Outcome:
     )
     outcome = train(job, on_progress=_reporter(ctx, _total_steps(tune, train_tokens)))
     units = ["train-tokens", *(["heldout-tokens"] if tune.eval_every else []), "adapter"]
-    if not replaced and _is_lora(tune.adapter):  # factors in W's place are no change of W
+    if not replaced and _is_lora(ctx.store.path("adapter")):  # factors in W's place are no change of W
         ctx.commit("plain-lora", partial(_export_plain, source, ctx.store.path("adapter"), base), False)
         units.append("plain-lora")
     facts = {
@@ -74,11 +74,11 @@ def run(ctx: Context) -> Outcome:
 STAGE = Stage("finetune", 1, ("shard", "quantize"), settings, run, "packed weights, rows -> trained adapter")
 
 
-def _is_lora(config: AdapterConfig) -> bool:
-    """Whether the family is a LoRA exactly; the others are written by `rankline export`, cut or merged."""
-    from lowrank.adapters.registry import FAMILIES
+def _is_lora(adapter: Path) -> bool:
+    """Whether every layer is a LoRA exactly; other adapters are written by `rankline export`, cut or merged."""
+    from lowrank.adapters.peft_format import load_adapter
 
-    return FAMILIES[config.method].export == "exact"
+    return all(layer.export == "exact" for layer in load_adapter(adapter).values())
 
 
 def _prepare(ctx: Context) -> tuple[Path, Path | None]:

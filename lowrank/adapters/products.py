@@ -1,0 +1,28 @@
+"""What the families of structured products (LoHA, ABBA, LoKr, LoKH) share."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lowrank.adapters.base import Layer
+from lowrank.config import AdapterConfig
+from lowrank.errors import AdapterError
+
+
+def row_products(a: Tensor, b: Tensor) -> Tensor:
+    """A • B (m, r₁r₂) of A (m, r₁) and B (m, r₂): all products within a row (face-splitting product)."""
+    return (a[:, :, None] * b[:, None, :]).flatten(1)
+
+
+def column_products(a: Tensor, b: Tensor) -> Tensor:
+    """A ⊙ B (r₁r₂, n) of A (r₁, n) and B (r₂, n): all products within a column (Khatri-Rao product)."""
+    return (a[:, None, :] * b[None, :, :]).flatten(0, 1)
+
+
+def refuse_rslora(layer: Layer, config: AdapterConfig) -> None:
+    """Raises: AdapterError: `use_rslora` is set for a family whose file knows no such scaling."""
+    if config.use_rslora:
+        raise AdapterError(
+            f"initialise {layer.what}: {config.method} has no use_rslora; a file of it would load with another "
+            "scaling. Set finetune.adapter.use_rslora to false and choose lora_alpha."
+        )
