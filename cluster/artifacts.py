@@ -131,12 +131,19 @@ class SplitSet:
         return ((module, self.load(module)) for module in self.modules)
 
 
+#: Prefixes of Lᵀ and R where both are NF4.
+_PACKED_FACTORS = ("left_transposed", "right")
+
+
 def save_split(directory: Path, split: SplitWeight) -> None:
     """Write one layer's split as safetensors with a JSON header; the packed bytes, never a dequantized copy."""
     from safetensors.torch import save_file
 
     tensors = {} if split.residual is None else split.residual.to_tensors("residual")
-    if split.left is not None and split.right is not None:
+    if split.packed_factors is not None:
+        for name, factor in zip(_PACKED_FACTORS, split.packed_factors, strict=True):
+            tensors |= factor.to_tensors(name)
+    elif split.left is not None and split.right is not None:
         tensors |= {"left": split.left.contiguous(), "right": split.right.contiguous()}
     save_file(tensors, directory / "split.safetensors")
     record = {
@@ -146,6 +153,7 @@ def save_split(directory: Path, split: SplitWeight) -> None:
         "quantization_error": split.quantization_error,
         "plain_error": split.plain_error,
         "fallback": split.fallback,
+        "packed_factors": split.packed_factors and [factor.meta() for factor in split.packed_factors],
     }
     (directory / "split.json").write_text(json.dumps(record, sort_keys=True))
 
@@ -159,13 +167,21 @@ def load_split(directory: Path) -> SplitWeight:
 
     record = json.loads((directory / "split.json").read_text())
     tensors = load_file(directory / "split.safetensors")
+    left, right, packed = tensors.get("left"), tensors.get("right"), None
+    if record.get("packed_factors"):
+        first, second = (
+            NF4Tensor.from_tensors(tensors, name, meta)
+            for name, meta in zip(_PACKED_FACTORS, record["packed_factors"], strict=True)
+        )
+        left, right, packed = first.dequantize().T.contiguous(), second.dequantize(), (first, second)
     return SplitWeight(
         name=record["name"],
         shape=(record["shape"][0], record["shape"][1]),
         residual=record["residual"] and NF4Tensor.from_tensors(tensors, "residual", record["residual"]),
-        left=tensors.get("left"),
-        right=tensors.get("right"),
+        left=left,
+        right=right,
         quantization_error=record["quantization_error"],
         plain_error=record["plain_error"],
         fallback=record["fallback"],
+        packed_factors=packed,
     )

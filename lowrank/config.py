@@ -64,14 +64,18 @@ class QuantizeConfig:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
-    method: Literal["nf4", "qpissa"] = "qpissa"
-    """`nf4` quantizes W; `qpissa` quantizes the residual W − LR of the decomposition and keeps L and R."""
+    method: Literal["nf4", "qpissa", "loftq", "lq_lora", "lplr"] = "qpissa"
+    """`nf4` quantizes W; `qpissa` quantizes the residual W − LR of the decomposition and keeps L and R. The others fit
+    L and R to what quantizing leaves, and in turn: `loftq` from NF4(W), `lq_lora` from the decomposition; `lplr` holds
+    L and R in 4 bits too. The best round is kept, and plain NF4 where none is better."""
     block_size: Literal[64, 128, 256, 512, 1024, 2048, 4096] = 64
     """Weights that share one absmax."""
     double_quant: bool = True
     """Quantize the absmax values too (about 4.13 instead of 4.5 bits a weight)."""
     max_rank: Annotated[int, Ge(1)] | None = None
     """Largest rank of the kept L and R; factors whose low-rank form is larger are cut. Null keeps them whole."""
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+    """The method's own options, for example `n_iter` of `loftq`."""
 
 
 @dataclass(frozen=True, kw_only=True)

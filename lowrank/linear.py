@@ -6,27 +6,57 @@ An adapter only calls the base layer and asks it for `dense_weight`; it never le
 from __future__ import annotations
 
 import dataclasses
+import math
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from lowrank.kernels import nf4 as kernels
 from lowrank.quantization.nf4 import NF4Tensor
+
+#: Entries (16 MB in fp32) that a product dequantizes at a time: they are still in the cache when it reads them.
+_PANEL = 2**22
+_scratch = threading.local()
 
 
 class _NF4Product(torch.autograd.Function):
-    """x Wᵀ that dequantizes W again in the backward pass instead of keeping it."""
+    """x Wᵀ, or g W when `transposed`; each is the other's backward pass, which dequantizes W again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: NF4Linear) -> Tensor:
-        ctx.layer = layer
-        return F.linear(x, layer.dense_weight(x.dtype))
+    def forward(ctx: Any, x: Tensor, layer: NF4Linear, transposed: bool) -> Tensor:
+        ctx.layer, ctx.transposed = layer, transposed
+        if not _by_panels(x):
+            weight = layer.dense_weight(x.dtype)
+            return x @ (weight if transposed else weight.T)
+        flat = x.reshape(-1, x.shape[-1])
+        y = x.new_empty(len(flat), layer.in_features if transposed else layer.out_features)
+        for rows, weight in layer.panels():
+            if transposed:
+                torch.addmm(y, flat[:, rows], weight, beta=int(rows.start > 0), out=y)
+            else:
+                torch.mm(flat, weight.T, out=y[:, rows])
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (grad,) = grads
-        return grad @ ctx.layer.dense_weight(grad.dtype), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        # Through `apply`, so that it can be differentiated once more.
+        return _NF4Product.apply(grads[0], ctx.layer, not ctx.transposed), None, None  # type: ignore[no-untyped-call]
+
+
+def _by_panels(x: Tensor) -> bool:
+    return x.is_cpu and x.dtype == torch.float32
+
+
+def _panel_buffer(numel: int) -> Tensor:
+    """One buffer per thread, of all layers: nothing may hold it beyond the product that it was filled for."""
+    held: Tensor | None = getattr(_scratch, "buffer", None)
+    if held is None or held.numel() < numel:
+        with torch.inference_mode(False):
+            held = _scratch.buffer = torch.empty(numel)
+    return held[:numel]
 
 
 class NF4Linear(nn.Module):
@@ -52,10 +82,31 @@ class NF4Linear(nn.Module):
         """W (m, n) dequantized to `dtype`."""
         return dataclasses.replace(self._meta, packed=self.packed, absmax=self.absmax).dequantize(dtype)
 
+    def panels(self) -> Iterator[tuple[slice, Tensor]]:
+        """W some rows at a time in fp32: (rows, W[rows]); the next panel of this thread overwrites the last one."""
+        (m, n), block_size = (self.out_features, self.in_features), self._meta.block_size
+        whole_blocks = block_size // math.gcd(n, block_size)
+        step = max(_PANEL // n // whole_blocks, 1) * whole_blocks
+        for start in range(0, m, step):
+            stop = min(start + step, m)
+            packed, absmax = self.packed[start * n // 2 :], self.absmax[start * n // block_size :]
+            out = _panel_buffer((stop - start) * n).view(stop - start, n)
+            yield slice(start, stop), kernels.dequantize(packed, absmax, block_size, out)
+
     def forward(self, x: Tensor) -> Tensor:
         """y (..., m) = x (..., n) Wᵀ + b."""
-        y: Tensor = _NF4Product.apply(x, self)  # type: ignore[no-untyped-call]
+        y = self._few_tokens(x)
+        if y is None:
+            y = _NF4Product.apply(x, self, False)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias
+
+    def _few_tokens(self, x: Tensor) -> Tensor | None:
+        """x Wᵀ straight from the codes where no gradient is asked for and the kernel can; else None."""
+        if not _by_panels(x) or (x.requires_grad and torch.is_grad_enabled()):
+            return None
+        flat = x.reshape(-1, x.shape[-1])
+        y = kernels.product(flat, self.packed, self.absmax, self._meta.block_size, self.out_features)
+        return None if y is None else y.view(*x.shape[:-1], self.out_features)
 
 
 class ZeroLinear(nn.Module):

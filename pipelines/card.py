@@ -13,6 +13,7 @@ from typing import Any
 from pipelines.config import PipelineConfig, result_fields
 
 DASH = "–"
+_SPLITS = {"qpissa": "QPiSSA", "loftq": "LoftQ", "lq_lora": "LQ-LoRA", "lplr": "LPLR, with L and R in NF4 as well"}
 VARIANTS = {
     "dense": "the original model",
     "nf4": "every target layer in plain NF4",
@@ -91,8 +92,8 @@ def _base(config: PipelineConfig) -> str:
         return f"It holds the target layers themselves: their {config.decompose.method} factors, healed by training."
     if config.finetune.base == "dense":
         return "It was trained over the original dense weights."
-    residual = "the residual of a low-rank split W = L·R + E, with E in NF4"
-    stored = residual if config.quantize.method != "nf4" else "NF4"
+    residual = f"the residual of a low-rank split W = L·R + E, with E in NF4 ({_SPLITS.get(config.quantize.method)})"
+    stored = residual if config.quantize.method in _SPLITS else "NF4"
     return f"It was trained over a 4-bit base: every target layer is stored as {stored}."
 
 

@@ -21,6 +21,7 @@ from cluster.config import ClusterConfig, DataConfig, EvaluateConfig, FinetuneCo
 from lowrank.adapter_options import ADAPTER_OPTIONS, TAKES_SPLIT
 from lowrank.config import EXECUTION, STRICT, DecomposeConfig, QuantizeConfig
 from lowrank.options import BUDGETED, METHOD_OPTIONS, RULES
+from lowrank.quantize_options import QUANTIZE_OPTIONS
 from pipelines.errors import ConfigError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -204,6 +205,9 @@ def _contradictions(config: PipelineConfig) -> Iterator[str]:
     if not _NAME.fullmatch(config.name):
         yield f"name: got {config.name!r}; allowed are 1 to 64 letters, digits, '.', '_', '-', not first a sign."
     yield from _decompose_problems(config.decompose)
+    yield from _option_problems(
+        QUANTIZE_OPTIONS[config.quantize.method], config.quantize.options, "quantize", "options"
+    )
     yield from _adapter_problems(config)
     tune = config.finetune
     if tune.keep == "best" and tune.eval_every is None:

@@ -1,6 +1,7 @@
 """NF4: 4-bit codes in blocks, each block scaled by its absolute maximum, the maxima themselves in 8 bits.
 
-The codes are those of bitsandbytes, bit for bit. Weights pass through it as flat vectors: its own shapes
+The codes are those of bitsandbytes, bit for bit. On a CPU `lowrank.kernels.nf4` makes and reads them; bitsandbytes
+does on other devices, and always keeps the 8-bit maxima. Weights pass through it as flat vectors: its own shapes
 transpose a 1x2 matrix, and take a slow compiled path for an odd number of columns.
 """
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lowrank.errors import QuantizationError
+from lowrank.kernels import nf4 as kernels
 
 #: Block sizes that every bitsandbytes backend has.
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -60,12 +62,18 @@ class NF4Tensor:
         Call `expand_absmax` once first when this runs in a loop: the bits are the same, and the 8-bit step is
         not repeated.
         """
+        dtype = dtype or self.dtype
+        absmax = self.expand_absmax().absmax
+        if self.packed.is_cpu:
+            return kernels.dequantize(self.packed, absmax, self.block_size, torch.empty(self.shape)).to(dtype)
+        return self._dequantize_elsewhere(absmax, dtype)
+
+    def _dequantize_elsewhere(self, absmax: Tensor, dtype: torch.dtype) -> Tensor:
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
-        dtype = dtype or self.dtype
         numel = _numel(self.shape)
         state = QuantState(
-            absmax=self.expand_absmax().absmax,
+            absmax=absmax,
             # Flat and even: the fast kernel of bitsandbytes for every shape; the pad entry is dropped below.
             shape=(numel + numel % 2,),
             blocksize=self.block_size,
@@ -151,19 +159,25 @@ def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True
     check_weight(name, weight)
     if block_size not in BLOCK_SIZES:
         raise QuantizationError(f"quantize {name}: block_size = {block_size}. Set one of {BLOCK_SIZES}.")
+    values = weight.detach().reshape(-1).float()
+    packed, absmax = kernels.quantize(values, block_size) if values.is_cpu else _quantize_elsewhere(values, block_size)
+    quantized = NF4Tensor(packed, absmax, block_size, tuple(weight.shape), weight.dtype)
+    return _compress_absmax(quantized) if double_quant else quantized
+
+
+def _quantize_elsewhere(values: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     from bitsandbytes.functional import quantize_4bit
 
-    values = weight.detach().reshape(-1).float()
-    packed, state = quantize_4bit(values, blocksize=block_size, quant_type="nf4", compress_statistics=double_quant)
-    return NF4Tensor(
-        packed=packed,
-        absmax=state.absmax,
-        block_size=block_size,
-        shape=tuple(weight.shape),
-        dtype=weight.dtype,
-        nested_absmax=state.state2.absmax if double_quant else None,
-        offset=state.offset if double_quant else None,
-    )
+    packed, state = quantize_4bit(values, blocksize=block_size, quant_type="nf4")
+    return packed, state.absmax
+
+
+def _compress_absmax(quantized: NF4Tensor) -> NF4Tensor:
+    from bitsandbytes.functional import quantize_blockwise
+
+    offset = quantized.absmax.mean()
+    codes, state = quantize_blockwise(quantized.absmax - offset, blocksize=_NESTED_BLOCK)
+    return replace(quantized, absmax=codes, nested_absmax=state.absmax, offset=offset)
 
 
 def check_weight(name: str, weight: Tensor) -> None:

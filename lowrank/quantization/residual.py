@@ -1,20 +1,23 @@
-"""Split a weight into a 4-bit residual and a low-rank part in full precision: W ≈ Q + L R.
+"""Split a weight into a 4-bit residual and a low-rank part: W ≈ Q + L R, never worse than NF4 alone.
 
-A method is one function of (name, weight, factors, quantizer, max_rank) in `METHODS`. Low rank first: what L R
-carries never passes the 4-bit grid, and the residual that does is smaller than W.
+What L R carries does not pass the 4-bit grid, and the residual that does is smaller than W. The methods propose pairs
+(`lowrank.quantization.splits`); here the best one is kept, or plain NF4 where none is better.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowrank.errors import AdapterError, QuantizationError
+from lowrank.errors import QuantizationError
 from lowrank.factors import Factors
 from lowrank.quantization.nf4 import NF4Tensor, check_weight, quantize_nf4
+from lowrank.quantization.splits import METHODS as METHODS
+from lowrank.quantization.splits import Candidate, Problem
+from lowrank.quantize_options import QUANTIZE_OPTIONS
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class SplitWeight:
         plain_error: ‖W − NF4(W)‖_F / ‖W‖_F, what plain NF4 would cost; never smaller than the above, but for
             `replace`.
         fallback: whether the method was set aside for plain NF4, because it did worse on this tensor.
+        packed_factors: Lᵀ (r, m) and R (r, n) in NF4, whose values `left` and `right` are, or None.
     """
 
     name: str
@@ -41,6 +45,7 @@ class SplitWeight:
     quantization_error: float
     plain_error: float
     fallback: bool = False
+    packed_factors: tuple[NF4Tensor, NF4Tensor] | None = None
 
     def reconstruct(self, dtype: torch.dtype | None = None) -> Tensor:
         """Q + L R, (m, n), computed in fp32; the dtype of the original weight by default, fp32 where it is gone."""
@@ -54,10 +59,12 @@ class SplitWeight:
         """Bytes of Q."""
         return 0 if self.residual is None else self.residual.nbytes
 
-
-#: NF4 with the block size and absmax format already chosen.
-Quantizer: TypeAlias = Callable[[Tensor], NF4Tensor]
-QuantizationMethod: TypeAlias = Callable[[str, Tensor, Factors | None, Quantizer, int | None], SplitWeight]
+    @property
+    def factor_bytes(self) -> int:
+        """Bytes of L and R as they are stored."""
+        if self.packed_factors is not None:
+            return sum(part.nbytes for part in self.packed_factors)
+        return sum(part.numel() * part.element_size() for part in (self.left, self.right) if part is not None)
 
 
 def split_weight(
@@ -69,89 +76,69 @@ def split_weight(
     block_size: int = 64,
     double_quant: bool = True,
     max_rank: int | None = None,
+    **options: Any,
 ) -> SplitWeight:
     """Split `weight` by the method of that name, and never do worse than plain NF4.
 
     Args:
         name: of the tensor, for messages.
         weight: W (m, n), any floating-point dtype, finite.
-        factors: of W from `decompose`, in any form; needed by `qpissa`, ignored by `nf4`.
-        method: `nf4` (no low-rank part), `qpissa`, or `replace` (no residual).
+        factors: of W from `decompose`, in any form; needed by all methods but `nf4`, which ignores them.
+        method: a name in `METHODS`, or `replace` (no residual).
         block_size: entries per absmax; see `quantize_nf4`.
         double_quant: store the absmax values in 8 bits.
         max_rank: largest rank of L R; factors whose low-rank form has a larger one are cut to the best of this rank.
+        options: the method's own (`lowrank.quantize_options`), for example `n_iter`.
 
     Raises:
-        QuantizationError: when the method is unknown, needs factors that are not there or do not fit, or the
-            weight is empty or not finite.
+        QuantizationError: when the method or an option is unknown or out of range, factors are needed that are not
+            there or do not fit, or the weight is empty or not finite.
     """
-    if method not in _SPLITS:
+    if method not in METHODS and method != "replace":
         known = ", ".join(sorted(METHODS))
         raise QuantizationError(f"quantize {name}: unknown method {method!r}. Set quantize.method to one of: {known}.")
     check_weight(name, weight)
     quantizer = partial(quantize_nf4, block_size=block_size, double_quant=double_quant, name=name)
-    return _SPLITS[method](name, weight, factors, quantizer, max_rank)
+    chosen = None if method == "replace" else _options(name, method, options)
+    problem = Problem(name, weight, factors, quantizer, max_rank, chosen)
+    return _replaced(problem) if method == "replace" else best_kept(problem, METHODS[method](problem))
 
 
-def nf4(
-    name: str, weight: Tensor, factors: Factors | None, quantizer: Quantizer, max_rank: int | None = None
-) -> SplitWeight:
-    """Q = NF4(W), no low-rank part."""
-    residual = quantizer(weight)
-    error = _relative_error(weight.float(), residual.dequantize(torch.float32))
-    return SplitWeight(name, _sides(weight), residual, None, None, error, error)
+def best_kept(problem: Problem, candidates: Iterable[Candidate]) -> SplitWeight:
+    """The candidate of the least error, or plain NF4 where each has a larger one."""
+    plain = least = _relative_error(problem.exact, problem.plain.reconstruct())
+    best: Candidate | None = None
+    for candidate in candidates:
+        error = _relative_error(problem.exact, candidate.reconstruct())
+        if error < least or (best is None and error == least):
+            best, least = candidate, error
+    kept = problem.plain if best is None else best
+    return SplitWeight(
+        name=problem.name,
+        shape=_sides(problem.weight),
+        residual=kept.residual,
+        left=kept.left,
+        right=kept.right,
+        quantization_error=least,
+        plain_error=plain,
+        fallback=best is None,
+        packed_factors=kept.packed_factors,
+    )
 
 
-def qpissa(
-    name: str, weight: Tensor, factors: Factors | None, quantizer: Quantizer, max_rank: int | None = None
-) -> SplitWeight:
-    """L = U√Σ, R = √Σ Vᴴ of the factors' low-rank form, Q = NF4(W − L R); plain NF4 where that is not better.
-
-    Scale-correct for every alpha: fine-tuning sets B = L/√s and A = R/√s, so that s · B · A = L R.
-
-    Source: PiSSA, arXiv:2404.02948, section 3.1 (QPiSSA with T = 1).
-    """
-    left, right = _fitting(name, weight, factors, max_rank)
-    exact = weight.float()
-    rest = torch.addmm(exact, left, right, alpha=-1)
-    # The residual stands in for W from here on, so it keeps W's dtype on record.
-    residual = replace(quantizer(rest), dtype=weight.dtype)
-    plain = nf4(name, weight, None, quantizer)
-    split = SplitWeight(name, _sides(weight), residual, left, right, plain.plain_error, plain.plain_error)
-    error = _relative_error(exact, split.reconstruct(torch.float32))
-    if error > plain.plain_error:
-        return replace(plain, fallback=True)
-    return replace(split, quantization_error=error)
-
-
-def replace_weight(
-    name: str, weight: Tensor, factors: Factors | None, quantizer: Quantizer, max_rank: int | None = None
-) -> SplitWeight:
+def _replaced(problem: Problem) -> SplitWeight:
     """L and R of the factors instead of W, nothing quantized; `decompose.mode: replace`, to be healed by training."""
-    left, right = _fitting(name, weight, factors, max_rank)
-    error = _relative_error(weight.float(), left @ right)
-    plain = nf4(name, weight, None, quantizer).plain_error
-    return SplitWeight(name, _sides(weight), None, left, right, error, plain)
+    left, right = problem.start
+    error = _relative_error(problem.exact, left @ right)
+    plain = _relative_error(problem.exact, problem.plain.reconstruct())
+    return SplitWeight(problem.name, _sides(problem.weight), None, left, right, error, plain)
 
 
-#: Every quantization method by the name that `quantize.method` takes.
-METHODS: dict[str, QuantizationMethod] = {"nf4": nf4, "qpissa": qpissa}
-#: Those, and what `decompose.mode: replace` does instead.
-_SPLITS = METHODS | {"replace": replace_weight}
-
-
-def _fitting(name: str, weight: Tensor, factors: Factors | None, max_rank: int | None) -> tuple[Tensor, Tensor]:
-    what = f"split {name} ({'x'.join(map(str, weight.shape))}) into its factors and a rest"
-    if factors is None:
-        raise QuantizationError(f"{what}: no factors. Run decompose on this tensor, or set quantize.method: nf4.")
-    fitted = factors.shape
-    if fitted != tuple(weight.shape):
-        raise QuantizationError(f"{what}: the factors are of a {fitted[0]}x{fitted[1]} matrix. Run decompose again.")
+def _options(name: str, method: str, given: dict[str, Any]) -> Any:
     try:
-        lora = factors.to_lora(max_rank=max_rank)
-    except AdapterError as error:
-        raise QuantizationError(f"{what}: {error} Set quantize.max_rank, or quantize.method: nf4.") from error
-    return lora.b.float(), lora.a.float()
+        return QUANTIZE_OPTIONS[method](**given)
+    except (TypeError, ValueError) as error:
+        raise QuantizationError(f"quantize {name}: options of {method}: {error}") from error
 
 
 def _sides(weight: Tensor) -> tuple[int, int]:

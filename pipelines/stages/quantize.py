@@ -81,9 +81,9 @@ def _quantize(job: QuantizeJob, directory: Path) -> dict[str, Any]:
         block_size=config.block_size,
         double_quant=config.double_quant,
         max_rank=config.max_rank,
+        **({} if job.method == "replace" else config.options),
     )
     save_split(directory, split)
-    parts = [part for part in (split.left, split.right) if part is not None]
     return {
         "module": job.module,
         "shape": list(weight.shape),
@@ -92,7 +92,7 @@ def _quantize(job: QuantizeJob, directory: Path) -> dict[str, Any]:
         "plain_error": split.plain_error,
         "fallback": split.fallback,
         "packed_bytes": split.packed_bytes,
-        "factor_bytes": sum(part.numel() * part.element_size() for part in parts),
+        "factor_bytes": split.factor_bytes,
         "block_size": config.block_size,
         "double_quant": config.double_quant,
     }

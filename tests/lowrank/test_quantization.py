@@ -189,8 +189,8 @@ def test_messages_of_options_and_damaged_tensors() -> None:
     weight = gaussian((8, 8))
     with pytest.raises(QuantizationError, match="block_size = 60"):
         quantize_nf4(weight, block_size=60)
-    with pytest.raises(QuantizationError, match=r"unknown method 'loftq'.*nf4, qpissa"):
-        split_weight("w", weight, None, "loftq")
+    with pytest.raises(QuantizationError, match=r"unknown method 'qlora'.*loftq, lplr, lq_lora, nf4, qpissa"):
+        split_weight("w", weight, None, "qlora")
     with pytest.raises(QuantizationError, match="no factors"):
         split_weight("w", weight, None, "qpissa")
     with pytest.raises(QuantizationError, match="factors are of a 9x8 matrix"):

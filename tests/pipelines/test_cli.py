@@ -118,7 +118,7 @@ def test_plan_fits_the_terminal(
 def test_methods_come_from_the_registries(capsys: pytest.CaptureFixture[str]) -> None:
     found = run_json(capsys, "methods")
     assert {row["name"] for row in found["decompose.method"]} == set(METHOD_OPTIONS)
-    assert {row["name"] for row in found["quantize.method"]} == {"nf4", "qpissa"}
+    assert {row["name"] for row in found["quantize.method"]} == {"nf4", "qpissa", "loftq", "lq_lora", "lplr"}
     assert all(row["summary"] for rows in found.values() for row in rows)
     assert main(["methods"]) == 0
 
