@@ -38,8 +38,8 @@ class LoRARITE(Optimizer):
     def _factor(self, grad: Tensor, other: Tensor, state: State, factor: str, step: int) -> Tensor:
         """The direction (k, r) in fp64 of the factor whose gradient is `grad`; `other` (l, r) is its partner."""
         basis, upper = torch.linalg.qr(other.double())
-        # The pseudo-inverse: while the partner is 0, as B is where LoRA starts, the factor rests.
-        inverse_upper = torch.linalg.pinv(upper)
+        # The pseudo-inverse: where the partner is 0 (as B is where LoRA starts) but for rounding, the factor rests.
+        inverse_upper = torch.linalg.pinv(upper, rtol=len(other) * torch.finfo(other.dtype).eps)
         unmagnified = grad.double() @ inverse_upper
         decay1, decay2 = (_unbiased(beta, step) for beta in self.betas)
         moment = torch.zeros_like(unmagnified)
