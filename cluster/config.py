@@ -72,8 +72,13 @@ class FinetuneConfig:
     """Rows per optimizer step over all workers and micro-batches; it does not depend on the number of workers."""
     micro_batch_size: Annotated[int, Ge(1), EXECUTION] = 8
     """Rows per forward pass of one worker."""
+    optimizer: Literal["adamw", "lora_plus", "riemannian", "reflora", "altlora", "lora_rite"] = "adamw"
+    """What steps the adapter. All but `adamw` step pairs A, B by what that does to ΔW, and need a family of such pairs;
+    `altlora` and `lora_rite` keep moments of their own, the others AdamW's."""
+    optimizer_options: dict[str, Any] = field(default_factory=dict)
+    """The optimizer's own options, for example `lr_ratio` of `lora_plus`."""
     learning_rate: Annotated[float, Gt(0)] = 2e-4
-    """Peak learning rate of AdamW."""
+    """Peak learning rate; that of A where the optimizer gives B another."""
     min_lr_ratio: Annotated[float, Interval(ge=0, le=1)] = 0.0
     """Final over peak learning rate of the cosine."""
     warmup_ratio: Annotated[float, Interval(ge=0, lt=1)] = 0.05
@@ -81,9 +86,9 @@ class FinetuneConfig:
     weight_decay: Annotated[float, Ge(0)] = 0.0
     """Decoupled weight decay."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's moments."""
+    """Decays of the first and second moment."""
     max_grad_norm: Annotated[float, Ge(0)] = 1.0
-    """Global gradient clipping; 0 disables it."""
+    """Clipping of the gradient's norm over all parameters, before any optimizer changes it; 0 disables it."""
     gradient_checkpointing: Annotated[bool, EXECUTION] = False
     """Recompute activations in the backward pass to save memory."""
     packing: bool = False

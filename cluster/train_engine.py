@@ -9,13 +9,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cluster.training_state import restore, trained_parameters
-from cluster.zero import deepspeed_config, effective_stage, zero_stage
+from cluster.training_state import MOMENTS, active_adapters, gather, host, restore, trained_parameters
+from cluster.whole_gradients import WholeGradients
+from cluster.zero import PERSISTENT, deepspeed_config, effective_stage, zero_stage
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from cluster.train_job import TrainJob
+    from lowrank.optimizers.base import Optimizer
+
+
+#: Key of a parameter group: its learning rate over that of the schedule.
+_RATIO = "lr_ratio"
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,9 @@ class Built:
     stage: int
     dtype: str
     device: str
+    optimizer: Optimizer
+    whole: WholeGradients | None
+    """What changes gradients between backward and step, if anything does; it then clips them too."""
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add a micro-batch's gradient; `last` closes the global batch."""
@@ -82,14 +91,34 @@ class Built:
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self, rate: float) -> float | None:
-        """One optimizer step at this learning rate; the gradient's norm before clipping."""
-        own = None if self.stage else self._norm()
+    def step(self, step: int, rate: float) -> dict[str, float | None]:
+        """The optimizer step after `step` others at this learning rate; facts for the step's line of metrics.
+
+        `grad_norm` is the gradient's norm before clipping.
+        """
+        facts: dict[str, float | None] = {"grad_norm": None if self.stage else self._norm()}
+        if self.whole is not None:
+            facts |= self.whole.redirect(self.engine, step, rate)
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group[_RATIO]
         self.engine.step()
-        norm = self.engine.get_global_grad_norm() if own is None else own
-        return None if norm is None else float(norm)
+        if facts["grad_norm"] is None:
+            norm = self.engine.get_global_grad_norm()
+            facts["grad_norm"] = None if norm is None else float(norm)
+        return facts
+
+    def penalty(self) -> Tensor | None:
+        """The sum of the active adapters' penalties, or None where no family has one."""
+        found = [adapter.penalty() for adapter in active_adapters(self.model).values()]
+        terms = [term for term in found if term is not None]
+        return sum(terms[1:], terms[0]) if terms else None
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: whole parameters and moments, on the host. All ranks must call it."""
+        tensors = gather(self.engine, self.parameters, MOMENTS[self.optimizer.plain])
+        if self.whole is not None:
+            tensors |= {name: host(tensor) for name, tensor in self.whole.rule.tensors().items()}
+        return tensors
 
     def _norm(self) -> float | None:
         """ZeRO-0 leaves whole, already averaged gradients in the parameters, and does not tell their norm."""
@@ -111,6 +140,7 @@ def build_engine(job: TrainJob, world: int, state: Mapping[str, Tensor] | None =
     import torch
 
     from cluster.model import build_adapted, compute_dtype
+    from lowrank.optimizers.registry import make_optimizer
 
     config = job.config
     device = "cuda" if job.use_gpu else "cpu"
@@ -119,6 +149,9 @@ def build_engine(job: TrainJob, world: int, state: Mapping[str, Tensor] | None =
     dtype = compute_dtype(config.compute_dtype, device)
     model = build_adapted(job.source, dtype, {"adapter": None})
     parameters = trained_parameters(model)
+    for parameter in parameters.values():
+        # DeepSpeed sends parameters as bytes, which transposed ones (PiSSA's) cannot be read as.
+        parameter.data = parameter.data.contiguous()
     if state is not None:
         # Before DeepSpeed copies them into its partitions; setting these afterwards would leave the parameters behind.
         with torch.no_grad():
@@ -127,14 +160,52 @@ def build_engine(job: TrainJob, world: int, state: Mapping[str, Tensor] | None =
     name = str(dtype).removeprefix("torch.")
     stage = effective_stage(zero_stage(config, job.source.base, job.use_gpu), name)
     _checkpoint_activations(model, config.gradient_checkpointing)
-    settings = deepspeed_config(config, stage=stage, world=world, dtype=name)
-    engine = _initialize(model, list(parameters.values()), settings, job.use_gpu)
+    optimizer = make_optimizer(config.optimizer, config.optimizer_options, config.betas)
+    whole = _whole_gradients(optimizer, parameters, config.max_grad_norm)
+    settings = deepspeed_config(
+        config,
+        stage=stage,
+        world=world,
+        dtype=name,
+        plain=optimizer.plain,
+        clips=whole is None,
+        persistent=_persistent(model, parameters),
+    )
+    engine = _initialize(model, _groups(parameters, optimizer), settings, job.use_gpu)
     if state is not None:
-        restore(engine, parameters, state, step)
-    return Built(engine, model, parameters, stage, name, device)
+        restore(engine, parameters, state, step, MOMENTS[optimizer.plain])
+        if whole is not None:
+            whole.rule.load({name: tensor.to(engine.device) for name, tensor in state.items()})
+    return Built(engine, model, parameters, stage, name, device, optimizer, whole)
 
 
-def _initialize(model: nn.Module, parameters: list[nn.Parameter], settings: dict[str, Any], use_gpu: bool) -> Any:
+def _whole_gradients(
+    optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], max_norm: float
+) -> WholeGradients | None:
+    from lowrank.optimizers.pairs import PairRule
+
+    return WholeGradients(parameters, PairRule(optimizer, parameters), max_norm) if optimizer.redirects else None
+
+
+def _groups(parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The parameters by their share of the learning rate, which `Built.step` reads from the group."""
+    from lowrank.optimizers.pairs import is_b
+
+    if optimizer.lr_ratio_b == 1.0:
+        return [{"params": list(parameters.values()), _RATIO: 1.0}]
+    rest = [parameter for name, parameter in parameters.items() if not is_b(name)]
+    of_b = [parameter for name, parameter in parameters.items() if is_b(name)]
+    return [{"params": rest, _RATIO: 1.0}, {"params": of_b, _RATIO: optimizer.lr_ratio_b}]
+
+
+def _persistent(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> int:
+    """A penalty reads parameters outside of the forward pass, where ZeRO-3 keeps only persistent ones whole."""
+    if all(adapter.penalty() is None for adapter in active_adapters(model).values()):
+        return PERSISTENT
+    return max(PERSISTENT, *(parameter.numel() for parameter in parameters.values()))
+
+
+def _initialize(model: nn.Module, groups: list[dict[str, Any]], settings: dict[str, Any], use_gpu: bool) -> Any:
     with _without_mlflow():
         import deepspeed
 
@@ -142,7 +213,7 @@ def _initialize(model: nn.Module, parameters: list[nn.Parameter], settings: dict
     if not use_gpu:
         # The shared-memory all-reduce is compiled with g++ on first use, and only serves inference.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=settings)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=settings)
     return engine
 
 

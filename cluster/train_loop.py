@@ -21,7 +21,7 @@ from cluster.metrics import MetricLog
 from cluster.tokens import TokenTable
 from cluster.train_engine import Ranks, build_engine, set_training
 from cluster.train_job import ADAPTER_UNIT, STOP_FILE, Place, TrainJob, checkpoint_unit
-from cluster.training_state import Progress, gather, load_tensors, newest_checkpoint, save_checkpoint
+from cluster.training_state import Progress, load_tensors, newest_checkpoint, save_checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,11 +96,11 @@ class _Trainer:
                 f"finetune.learning_rate (now {self.config.learning_rate}) or set finetune.max_grad_norm, and look for "
                 "rows of nonsense; the last checkpoint is kept."
             )
-        grad_norm = self.built.step(rate)
+        facts = self.built.step(step, rate)
         self._advance(loss, epoch)
         seconds = time.perf_counter() - started
         tokens = sum(self.tokens.lengths[row] for row in batch)
-        line = {"step": self.progress.step, "epoch": epoch, "loss": loss, "lr": rate, "grad_norm": grad_norm}
+        line = {"step": self.progress.step, "epoch": epoch, "loss": loss, "lr": rate, **facts}
         line |= {"seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds}
         self._after_step(line)
 
@@ -133,7 +133,8 @@ class _Trainer:
         """Accumulate the gradient of the global batch; its loss.
 
         DeepSpeed averages over ranks, so that every share is scaled by ranks over answer tokens of the whole batch:
-        the result is the mean over all answer tokens, however they fell to ranks and micro-batches.
+        the result is the mean over all answer tokens, however they fell to ranks and micro-batches. A penalty of the
+        adapter's is added once per batch; the loss that is told leaves it out.
         """
         import torch
 
@@ -147,7 +148,10 @@ class _Trainer:
             # Dropout follows the rows, so that it is the same for every number of workers that cuts them alike.
             torch.manual_seed(derived_seed("dropout", self.config.seed, step, share))
             part = answer_nll(self.built.engine, collate(share, self.tokens), self.built.device)
-            self.built.backward(part * (self.place.world / total), last=index == len(shares) - 1)
+            last = index == len(shares) - 1
+            loss = part * (self.place.world / total)
+            penalty = self.built.penalty() if last else None
+            self.built.backward(loss if penalty is None else loss + penalty, last=last)
             nll = nll + part.detach()
         total_nll, wishes = self.ranks.sum(float(nll), float((self.place.launch / STOP_FILE).exists()))
         if wishes:
@@ -177,7 +181,7 @@ class _Trainer:
 
     def _checkpoint(self, line: dict[str, Any]) -> None:
         self.progress.probe_loss = self.mean_loss(self.probe_sequences, self.heldout or self.tokens)
-        tensors = gather(self.built.engine, self.built.parameters)
+        tensors = self.built.state()
         if self.place.rank == 0:
             save_checkpoint(self.job.store, tensors, self.progress)
         # Rank 0's clock decides for all (this also is the barrier): a report that one rank misses hangs the others.

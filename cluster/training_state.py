@@ -1,4 +1,4 @@
-"""Training state without a world size: whole adapter tensors and AdamW moments, gathered from and put back into ZeRO.
+"""Training state without a world size: whole adapter tensors and moments, gathered from and put back into ZeRO.
 
 A checkpoint written by four ranks under ZeRO-3 resumes on one rank under ZeRO-0. DeepSpeed 0.19.8 creates the moments
 at the first step only, so that `restore` makes them itself before it fills them.
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from cluster.model import ModelSource
     from lowrank.adapters.base import Adapter
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+#: What every plain optimizer keeps of a parameter. Moments of pairs are whole on every rank, outside of ZeRO.
+MOMENTS: dict[str, tuple[str, ...]] = {"AdamW": ("exp_avg", "exp_avg_sq"), "SGD": ()}
 STATE_FILE = "state.safetensors"
 #: Older checkpoints kept beside the best one; the last may turn out damaged.
 _KEEP = 2
@@ -50,12 +51,16 @@ class Progress:
         return False
 
 
-def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that train, as `module:name` (`lora_a`); what layers share once, under its first module."""
+def active_adapters(model: nn.Module) -> dict[str, Any]:
+    """The adapter that every adapted layer applies, by module."""
     from lowrank.inject import adapted_layers
 
-    active = {module: layer.adapters[layer.active] for module, layer in adapted_layers(model) if layer.active}
-    return trained_tensors(active)
+    return {module: layer.adapters[layer.active] for module, layer in adapted_layers(model) if layer.active}
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that train, as `module:name` (`lora_a`); what layers share once, under its first module."""
+    return trained_tensors(active_adapters(model))
 
 
 def trained_tensors(adapters: Mapping[str, Any]) -> dict[str, nn.Parameter]:
@@ -83,44 +88,68 @@ def adapters_of(tensors: Mapping[str, Tensor], source: ModelSource) -> dict[str,
     return adapters
 
 
-def gather(engine: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Whole fp32 parameters and moments, on every rank. All ranks must call it, after at least one step."""
+def gather(engine: Any, parameters: Mapping[str, nn.Parameter], moments: tuple[str, ...]) -> dict[str, Tensor]:
+    """Whole fp32 parameters and `moments`, on every rank. All ranks must call it, after at least one step."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+    if moments:
+        _link_moments(engine)
     tensors = {}
     for name, parameter in parameters.items():
         whole = safe_get_full_fp32_param(parameter)
         # ZeRO-0 in fp32 has no copy: the parameter itself is whole.
-        tensors[name] = _host(parameter if whole is None else whole)
-        for key in MOMENTS:
+        tensors[name] = host(parameter if whole is None else whole)
+        for key in moments:
             moment = safe_get_full_optimizer_state(parameter, key)
-            tensors[f"{name}:{key}"] = _host(engine.optimizer.state[parameter][key] if moment is None else moment)
+            tensors[f"{name}:{key}"] = host(engine.optimizer.state[parameter][key] if moment is None else moment)
     return tensors
 
 
-def _host(tensor: Tensor) -> Tensor:
+def host(tensor: Tensor) -> Tensor:
+    """A copy in fp32 on the CPU."""
     return tensor.detach().float().cpu().clone()
 
 
-def restore(engine: Any, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], step: int) -> None:
-    """Put parameters and moments back under any ZeRO stage and world size."""
+def restore(
+    engine: Any,
+    parameters: Mapping[str, nn.Parameter],
+    tensors: Mapping[str, Tensor],
+    step: int,
+    moments: tuple[str, ...],
+) -> None:
+    """Put parameters and `moments` back under any ZeRO stage and world size."""
+    if moments:
+        _make_moments(engine, step, moments)
+    for name, parameter in parameters.items():
+        _put(engine, parameter, tensors[name], None)
+        for key in moments:
+            _put(engine, parameter, tensors[f"{name}:{key}"], key)
+
+
+def _make_moments(engine: Any, step: int, moments: tuple[str, ...]) -> None:
+    """Zeros that `_put` can fill, as the optimizer itself would make them at its first step."""
     import torch
 
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
     for flat in _optimizer_tensors(engine):
-        zeros = {key: torch.zeros_like(flat, memory_format=torch.preserve_format) for key in MOMENTS}
+        zeros = {key: torch.zeros_like(flat, memory_format=torch.preserve_format) for key in moments}
         inner.state[flat] = {"step": torch.tensor(float(step)), **zeros}
+    _link_moments(engine)
+
+
+def _link_moments(engine: Any) -> None:
+    """Let ZeRO-1 and 2 find every parameter's moments.
+
+    DeepSpeed links them once, after the first step of the first group, when those of further groups do not exist yet.
+    """
     link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
     if link is not None:
+        engine.optimizer._hp_optimizer_states_linked = False
         link()
-    for name, parameter in parameters.items():
-        _put(engine, parameter, tensors[name], None)
-        for key in MOMENTS:
-            _put(engine, parameter, tensors[f"{name}:{key}"], key)
 
 
 def _optimizer_tensors(engine: Any) -> Iterator[Tensor]:
-    """What the inner AdamW steps: parameters (ZeRO-0), or this rank's flat partitions."""
+    """What the inner optimizer steps: parameters (ZeRO-0), or this rank's flat partitions."""
     # ZeRO-3 empties the parameter groups between steps.
     flat = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)
     if flat is not None:
@@ -137,7 +166,7 @@ def _put(engine: Any, parameter: nn.Parameter, value: Tensor, key: str | None) -
     value = value.to(parameter.device)
     if hasattr(parameter, "ds_id"):
         # The "full" setter of ZeRO-3 fails on sizes that the ranks do not divide: cut and pad the share here.
-        local = _share(engine, parameter, value)
+        local = share(engine, parameter, value)
         if key is None:
             utils.safe_set_local_fp32_param(parameter, local)
         else:
@@ -151,7 +180,8 @@ def _put(engine: Any, parameter: nn.Parameter, value: Tensor, key: str | None) -
         engine.optimizer.state[parameter][key].copy_(value)
 
 
-def _share(engine: Any, parameter: Any, value: Tensor) -> Tensor:
+def share(engine: Any, parameter: Any, value: Tensor) -> Tensor:
+    """This rank's part of a whole tensor as ZeRO-3 cuts it: flat, fp32, padded with zeros to equal sizes."""
     import torch
 
     size = parameter.ds_tensor.numel()

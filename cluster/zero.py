@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from cluster.config import FinetuneConfig
 
 Base = Literal["nf4", "dense"]
+Plain = Literal["AdamW", "SGD"]
+
+#: Numbers of an adapter tensor up to which ZeRO-3 keeps it whole on every rank.
+PERSISTENT = 10_000
 
 #: Keys that the training loop owns: another value would break the loss, the resume or the batches.
 _OWNED = {
@@ -19,7 +23,8 @@ _OWNED = {
     "train_micro_batch_size_per_gpu": "finetune.micro_batch_size",
     "gradient_accumulation_steps": "finetune.global_batch_size and finetune.micro_batch_size",
     "gradient_clipping": "finetune.max_grad_norm",
-    "optimizer": "finetune.learning_rate, finetune.betas and finetune.weight_decay",
+    "optimizer": "finetune.optimizer, finetune.learning_rate, finetune.betas and finetune.weight_decay",
+    "zero_allow_untested_optimizer": "finetune.optimizer",
     "scheduler": "finetune.warmup_ratio and finetune.min_lr_ratio",
     "bf16": "finetune.compute_dtype",
     "fp16": "finetune.compute_dtype",
@@ -57,7 +62,15 @@ def effective_stage(stage: int, dtype: str) -> int:
 
 
 def deepspeed_config(
-    config: FinetuneConfig, *, stage: int, world: int, dtype: str, accumulation: int = 1
+    config: FinetuneConfig,
+    *,
+    stage: int,
+    world: int,
+    dtype: str,
+    accumulation: int = 1,
+    plain: Plain = "AdamW",
+    clips: bool = True,
+    persistent: int = PERSISTENT,
 ) -> dict[str, Any]:
     """The DeepSpeed JSON.
 
@@ -67,6 +80,9 @@ def deepspeed_config(
         world: Ranks.
         dtype: `float32` or `bfloat16`.
         accumulation: Micro-batches per optimizer step.
+        plain: What steps the partitions; `lowrank.optimizers.base.Optimizer.plain`.
+        clips: Whether DeepSpeed clips the gradient; off where the loop clips it before it redirects it.
+        persistent: ZeRO-3 keeps tensors of up to this many numbers whole on every rank.
 
     Raises:
         TrainError: `finetune.deepspeed` sets a key that a field of `finetune` sets.
@@ -77,9 +93,11 @@ def deepspeed_config(
         "train_batch_size": world * accumulation,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": config.max_grad_norm,
-        "optimizer": _optimizer(config),
-        "zero_optimization": _zero_block(stage),
+        "gradient_clipping": config.max_grad_norm if clips else 0.0,
+        "optimizer": _optimizer(config, plain),
+        # DeepSpeed knows Adam's kin only; plain SGD has no state that a partition could break.
+        "zero_allow_untested_optimizer": plain == "SGD",
+        "zero_optimization": _zero_block(stage, persistent),
         "bf16": {"enabled": dtype == "bfloat16"},
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
@@ -87,7 +105,9 @@ def deepspeed_config(
     return merge(generated, config.deepspeed)
 
 
-def _optimizer(config: FinetuneConfig) -> dict[str, Any]:
+def _optimizer(config: FinetuneConfig, plain: Plain) -> dict[str, Any]:
+    if plain == "SGD":
+        return {"type": plain, "params": {"lr": config.learning_rate, "weight_decay": config.weight_decay}}
     params = {
         "lr": config.learning_rate,
         "betas": list(config.betas),
@@ -97,10 +117,10 @@ def _optimizer(config: FinetuneConfig) -> dict[str, Any]:
         "torch_adam": True,
         "adam_w_mode": True,
     }
-    return {"type": "AdamW", "params": params}
+    return {"type": plain, "params": params}
 
 
-def _zero_block(stage: int) -> dict[str, Any]:
+def _zero_block(stage: int, persistent: int) -> dict[str, Any]:
     if stage == 0:
         return {"stage": 0}
     block: dict[str, Any] = {
@@ -113,7 +133,7 @@ def _zero_block(stage: int) -> dict[str, Any]:
     if stage == 3:
         block |= {
             # Small tensors (norms, LoRA factors of narrow layers) stay whole: gathering them costs more than they do.
-            "stage3_param_persistence_threshold": 10_000,
+            "stage3_param_persistence_threshold": persistent,
             "stage3_prefetch_bucket_size": 50_000_000,
             "stage3_max_live_parameters": 1_000_000_000,
         }

@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from cluster.config import ClusterConfig, DataConfig, EvaluateConfig, FinetuneConfig, ServeConfig
 from lowrank.adapter_options import ADAPTER_OPTIONS, TAKES_SPLIT
 from lowrank.config import EXECUTION, STRICT, DecomposeConfig, QuantizeConfig
+from lowrank.optimizer_options import OPTIMIZER_OPTIONS, pair_problem
 from lowrank.options import BUDGETED, METHOD_OPTIONS, RULES
 from lowrank.quantize_options import QUANTIZE_OPTIONS
 from pipelines.errors import ConfigError
@@ -209,6 +210,7 @@ def _contradictions(config: PipelineConfig) -> Iterator[str]:
         QUANTIZE_OPTIONS[config.quantize.method], config.quantize.options, "quantize", "options"
     )
     yield from _adapter_problems(config)
+    yield from _optimizer_problems(config.finetune)
     tune = config.finetune
     if tune.keep == "best" and tune.eval_every is None:
         yield "finetune.keep: 'best' needs finetune.eval_every."
@@ -281,6 +283,15 @@ def _adapter_problems(config: PipelineConfig) -> Iterator[str]:
             f"finetune.adapter.init: {adapter.init!r} takes its pair out of a dense base. Over NF4 set decompose.rank, "
             "quantize.method 'qpissa' and init 'split'."
         )
+
+
+def _optimizer_problems(config: FinetuneConfig) -> Iterator[str]:
+    """Options that the optimizer does not know, and adapters that it cannot step."""
+    options = OPTIMIZER_OPTIONS[config.optimizer]
+    yield from _option_problems(options, config.optimizer_options, "finetune", "optimizer_options")
+    problem = pair_problem(config.optimizer, config.adapter.method)
+    if problem is not None:
+        yield f"finetune.optimizer: {problem}"
 
 
 def _option_problems(options: Any, given: dict[str, Any], *path: str) -> Iterator[str]:

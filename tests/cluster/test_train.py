@@ -12,24 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from ranks import Interrupted, interrupter, join_group, run_processes
+from ranks import Interrupted, run_processes
 from tiny import make_tiny, make_tokens
+from training import assert_same_training, losses_of, make_job, only_rank, reference
 
-from cluster.batches import Plan, collate, learning_rate
 from cluster.config import FinetuneConfig
 from cluster.errors import ResourceError, TrainError
 from cluster.metrics import all_lines, read_metrics, steps_redone
-from cluster.model import ModelSource, build_adapted
-from cluster.tokens import TokenTable
-from cluster.train_job import ADAPTER_UNIT, STOP_FILE, Place, TrainJob
+from cluster.model import ModelSource
+from cluster.train_job import ADAPTER_UNIT, STOP_FILE, TrainJob
 from cluster.trainer import check_layout, train
-from cluster.training_state import checkpoints, trained_parameters
-from lowrank.adapters.peft_format import load_adapter
+from cluster.training_state import checkpoints
 from lowrank.config import AdapterConfig
 
-#: Losses and s·B·A may differ by this between layouts: the order of a few sums.
-TOLERANCE = 1e-4
 ROWS, HELDOUT = 32, 8
 
 
@@ -49,91 +44,11 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSource]:
     return made
 
 
-def make_job(source: ModelSource, root: Path, **changes: Any) -> TrainJob:
-    fields: dict[str, Any] = {
-        "global_batch_size": 6,
-        "micro_batch_size": 2,
-        "epochs": 2,
-        "checkpoint_every": 4,
-        "learning_rate": 5e-3,
-        "max_grad_norm": 0.5,
-        "warmup_ratio": 0.2,
-        "weight_decay": 0.01,
-    }
-    tokens = source.shards.parents[1]
-    return TrainJob(
-        source=source,
-        config=FinetuneConfig(adapter=source.adapter, **(fields | changes)),
-        train_tokens=tokens / "train" / "tokens.parquet",
-        heldout_tokens=tokens / "heldout" / "tokens.parquet",
-        root=root / "stage",
-        storage=root / "ray",
-        name="tiny",
-        base_facts={"name": "tiny", "base_sha256": "0" * 64},
-    )
-
-
-def reference(job: TrainJob) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """The same training by one plain PyTorch process: losses, and s·B·A by module."""
-    config = job.config
-    model = build_adapted(job.source, torch.float32, {"adapter": None})
-    tokens = TokenTable.read(job.train_tokens)
-    plan = Plan(tokens.lengths, config, 64)
-    parameters = list(trained_parameters(model).values())
-    optimizer = torch.optim.AdamW(parameters, betas=config.betas, weight_decay=config.weight_decay)
-    losses = []
-    for step in range(plan.total_steps):
-        batch = plan.batches(plan.epoch_of(step))[step % plan.steps_per_epoch]
-        made = collate([[row] for row in batch], tokens)
-        logits = model(input_ids=made.input_ids, use_cache=False).logits[:, :-1]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), made.labels[:, 1:].flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-        optimizer.param_groups[0]["lr"] = learning_rate(step, plan.total_steps, config)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss))
-    return losses, deltas_of(model)
-
-
-def deltas_of(model: Any) -> dict[str, torch.Tensor]:
-    from lowrank.inject import adapted_layers
-
-    return {name: layer.adapters["adapter"].delta_weight().detach() for name, layer in adapted_layers(model)}
-
-
-def losses_of(job: TrainJob) -> list[float]:
-    return [line["loss"] for line in read_metrics(job.root)]
-
-
-def assert_same_training(job: TrainJob, losses: list[float], deltas: dict[str, torch.Tensor] | None = None) -> None:
-    assert losses_of(job) == pytest.approx(losses, abs=TOLERANCE)
-    if deltas is not None:
-        adapters = load_adapter(job.store.path(ADAPTER_UNIT))
-        assert set(adapters) == set(deltas)
-        for module, adapter in adapters.items():
-            torch.testing.assert_close(adapter.delta_weight(), deltas[module], atol=TOLERANCE, rtol=0)
-
-
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., None]]:
     """Run a job in this process as the only rank."""
-    from cluster.train_loop import run_worker, set_environment
-
-    set_environment(use_gpu=False)
-    import deepspeed.comm
-
-    directory = tmp_path_factory.mktemp("alone")
-    join_group(0, 1, directory)
-
-    def run(job: TrainJob, stop_after: int | None = None, launch: Path = directory) -> None:
-        run_worker(job, Place(0, 1, launch, interrupter(stop_after)))
-
-    yield run
-    torch.distributed.destroy_process_group()
-    deepspeed.comm.comm.cdb = None
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        os.environ.pop(name, None)
+    with only_rank(tmp_path_factory.mktemp("alone")) as run:
+        yield run
 
 
 def stages() -> list[tuple[str, int]]:
