@@ -16,7 +16,6 @@ from typing import Any
 
 from cluster.config import FinetuneConfig
 from cluster.model import ModelSource
-from lowrank.config import AdapterConfig
 from pipelines.config import PipelineConfig, result_fields
 from pipelines.errors import Interrupted
 from pipelines.sources import Sources
