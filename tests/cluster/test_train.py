@@ -219,9 +219,6 @@ def test_a_killed_worker_is_replaced_and_the_curve_does_not_show_it(
     assert [line["step"] for line in all_lines(job.root) if line["event"] == "resume"][1] >= 4
     pids = {entry["pid"] for entry in job.store.ledger() if entry["event"] == "rank"}
     assert len(pids) == 4
-    assert json.loads((outcome.path / "adapter_config.json").read_text())["rankline"] == {
-        **job.base_facts,
-        "method": "lora",
-        "options": {},
-    }
+    written = json.loads((outcome.path / "adapter_config.json").read_text())["rankline"]
+    assert job.base_facts.items() <= written.items()
     assert train(job, on_progress=kill_once) == outcome
