@@ -113,6 +113,11 @@ CONTRADICTIONS = {
     "finetune.patience": ["finetune.patience=2"],
     "finetune.adapter.r": ["finetune.adapter.r=4"],
     "finetune.zero_stage": ["finetune.zero_stage=3"],
+    "finetune.optimizer_options.lr_ratio": ["finetune.optimizer=lora_plus", "finetune.optimizer_options={lr_ratio: x}"],
+    "finetune.optimizer_options.ratio: unknown": [
+        "finetune.optimizer=lora_plus",
+        "finetune.optimizer_options={ratio: 4}",
+    ],
     "serve.host": ["serve.host=0.0.0.0"],
     "name": ["name=../evil"],
 }
