@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cluster.training_state import MOMENTS, active_adapters, gather, host, restore, trained_parameters
-from cluster.whole_gradients import WholeGradients
+from cluster.whole_gradients import FAMILY_HOOKS, GradientRule, Hooks, WholeGradients
 from cluster.zero import PERSISTENT, deepspeed_config, effective_stage, zero_stage
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from cluster.config import FinetuneConfig
     from cluster.train_job import TrainJob
     from lowrank.optimizers.base import Optimizer
 
@@ -102,6 +103,8 @@ class Built:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate * group[_RATIO]
         self.engine.step()
+        if self.whole is not None:
+            self.whole.stepped(self.engine, step)
         if facts["grad_norm"] is None:
             norm = self.engine.get_global_grad_norm()
             facts["grad_norm"] = None if norm is None else float(norm)
@@ -117,7 +120,7 @@ class Built:
         """What a checkpoint holds: whole parameters and moments, on the host. All ranks must call it."""
         tensors = gather(self.engine, self.parameters, MOMENTS[self.optimizer.plain])
         if self.whole is not None:
-            tensors |= {name: host(tensor) for name, tensor in self.whole.rule.tensors().items()}
+            tensors |= {name: host(tensor) for name, tensor in self.whole.state().items()}
         return tensors
 
     def _norm(self) -> float | None:
@@ -128,12 +131,15 @@ class Built:
         return float(torch.nn.utils.get_total_norm(grads)) if grads else None
 
 
-def build_engine(job: TrainJob, world: int, state: Mapping[str, Tensor] | None = None, step: int = 0) -> Built:
+def build_engine(
+    job: TrainJob, world: int, total_steps: int, state: Mapping[str, Tensor] | None = None, step: int = 0
+) -> Built:
     """Load the base and the adapter and hand them to DeepSpeed.
 
     Args:
         job: Base, adapter, configuration.
         world: Ranks.
+        total_steps: Optimizer steps of the whole training.
         state: Tensors of the checkpoint to go on from; None starts anew.
         step: Optimizer steps behind that checkpoint.
     """
@@ -161,7 +167,7 @@ def build_engine(job: TrainJob, world: int, state: Mapping[str, Tensor] | None =
     stage = effective_stage(zero_stage(config, job.source.base, job.use_gpu), name)
     _checkpoint_activations(model, config.gradient_checkpointing)
     optimizer = make_optimizer(config.optimizer, config.optimizer_options, config.betas)
-    whole = _whole_gradients(optimizer, parameters, config.max_grad_norm)
+    whole = _whole_gradients(config, optimizer, parameters, total_steps)
     settings = deepspeed_config(
         config,
         stage=stage,
@@ -175,16 +181,24 @@ def build_engine(job: TrainJob, world: int, state: Mapping[str, Tensor] | None =
     if state is not None:
         restore(engine, parameters, state, step, MOMENTS[optimizer.plain])
         if whole is not None:
-            whole.rule.load({name: tensor.to(engine.device) for name, tensor in state.items()})
+            whole.load({name: tensor.to(engine.device) for name, tensor in state.items()})
     return Built(engine, model, parameters, stage, name, device, optimizer, whole)
 
 
 def _whole_gradients(
-    optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], max_norm: float
+    config: FinetuneConfig, optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], total_steps: int
 ) -> WholeGradients | None:
+    """What the optimizer and the family want of whole gradients; None where nobody wants any."""
     from lowrank.optimizers.pairs import PairRule
 
-    return WholeGradients(parameters, PairRule(optimizer, parameters), max_norm) if optimizer.redirects else None
+    make_hooks = FAMILY_HOOKS.get(config.adapter.method)
+    hooks = Hooks() if make_hooks is None else make_hooks(config.adapter, total_steps)
+    rules: list[GradientRule] = [] if hooks.rule is None else [hooks.rule]
+    if optimizer.redirects:
+        rules.append(PairRule(optimizer, parameters))
+    if not rules and hooks.observer is None:
+        return None
+    return WholeGradients(parameters, rules, hooks.observer, config.max_grad_norm)
 
 
 def _groups(parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> list[dict[str, Any]]:

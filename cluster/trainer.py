@@ -21,7 +21,7 @@ from cluster.durable import write_json
 from cluster.errors import ClusterError, DataError, ModelError, ResourceError, TrainError
 from cluster.metrics import Follower, read_metrics, steps_redone
 from cluster.train_job import ADAPTER_UNIT, OUTCOME_FILE, STOP_FILE, Place, TrainJob, TrainOutcome
-from cluster.zero import zero_stage
+from cluster.zero import check_optimizer, zero_stage
 
 if TYPE_CHECKING:
     from cluster.config import FinetuneConfig
@@ -49,6 +49,7 @@ def train(job: TrainJob, *, on_progress: Callable[[dict[str, Any]], None]) -> Tr
         ResourceError: the cluster is too small for `num_workers`.
     """
     zero_stage(job.config, job.source.base, job.use_gpu)
+    check_optimizer(job.config)
     if not job.store.is_committed(ADAPTER_UNIT):
         _fit(job, on_progress)
     return _outcome(job)

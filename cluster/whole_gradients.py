@@ -7,14 +7,19 @@ plain optimiser that DeepSpeed steps then does the rest, on any ZeRO stage, and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from lowrank.config import AdapterConfig
+
 #: Added to the norm that gradients are clipped by, as torch and DeepSpeed add it.
 _EPSILON = 1e-6
+#: What the names of the observer's tensors start with in a checkpoint.
+_OBSERVER = "observer/"
 
 
 class GradientRule(Protocol):
@@ -35,12 +40,64 @@ class GradientRule(Protocol):
         ...
 
 
+class StepObserver(Protocol):
+    """What looks at whole parameters after every step and may change some, as AdaLoRA's budget of ranks does."""
+
+    def observe(
+        self, step: int, parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor]:
+        """Parameters to put back, by name; called on every rank alike.
+
+        Args:
+            step: steps taken before this one.
+            parameters: whole, after the step; may be changed in place where they are given back.
+            gradients: whole, of the step: clipped, but not redirected.
+        """
+        ...
+
+    def state(self) -> Mapping[str, Tensor]:
+        """State for a checkpoint."""
+        ...
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state` gave, as fp32 tensors."""
+        ...
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What an adapter family wants of the training loop."""
+
+    rule: GradientRule | None = None
+    """Directions of its own."""
+    observer: StepObserver | None = None
+    """What looks on."""
+
+
+#: What families want beside `Adapter.penalty`: method -> hooks for a configuration and a number of optimizer steps.
+FAMILY_HOOKS: dict[str, Callable[[AdapterConfig, int], Hooks]] = {}
+
+
 class WholeGradients:
     """Gathers, clips, redirects and puts back the gradients of an engine's trained parameters."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], rule: GradientRule, max_norm: float) -> None:
-        """Args: parameters: by name. rule: applied after clipping. max_norm: of all gradients; 0 disables clipping."""
-        self.parameters, self.rule, self.max_norm = parameters, rule, max_norm
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        rules: Sequence[GradientRule],
+        observer: StepObserver | None,
+        max_norm: float,
+    ) -> None:
+        """Nothing is gathered before the first step.
+
+        Args:
+            parameters: the trained ones by name.
+            rules: applied one after another, after clipping.
+            observer: told of every step.
+            max_norm: largest norm of all gradients together; 0 disables clipping.
+        """
+        self.parameters, self.rules, self.observer, self.max_norm = parameters, rules, observer, max_norm
+        self._clipped: Mapping[str, Tensor] = {}
 
     def redirect(self, engine: Any, step: int, rate: float) -> dict[str, float]:
         """Change the gradients for `engine.step()`. All ranks call it, after the backward pass at a boundary.
@@ -51,21 +108,48 @@ class WholeGradients:
             rate: learning rate of this step.
 
         Returns:
-            `grad_norm` before clipping, and `gathered_bytes`, what each rank received or reduced of whole tensors.
+            `grad_norm` before clipping, and `gathered_bytes`, the size of what had to be gathered from several ranks.
         """
         import torch
 
-        values, of_values = whole_values(self.parameters)
+        values, of_values = whole_values(self.parameters) if self.rules else ({}, 0)
         gradients, of_gradients = _whole(self.parameters)
         norm = float(torch.nn.utils.get_total_norm(gradients.values()))
         if self.max_norm:
             scale = min(1.0, self.max_norm / (norm + _EPSILON))
             gradients = {name: gradient * scale for name, gradient in gradients.items()}
-        directions = self.rule.directions(values, gradients, step, rate)
+        # Without ZeRO they are the parameters' own, which are about to be overwritten and then dropped.
+        self._clipped = {name: gradient.clone() for name, gradient in gradients.items()} if self.observer else {}
+        for rule in self.rules:
+            gradients = rule.directions(values, gradients, step, rate)
         for name, parameter in self.parameters.items():
-            _put(engine, parameter, directions[name])
+            _put_gradient(engine, parameter, gradients[name])
         moved = of_values + of_gradients if engine.world_size > 1 else 0
         return {"grad_norm": norm, "gathered_bytes": moved}
+
+    def stepped(self, engine: Any, step: int) -> None:
+        """Tell the observer of the step that `redirect` was called for. All ranks call it, after `engine.step()`."""
+        if self.observer is None:
+            return
+        values, _ = whole_values(self.parameters)
+        changed = self.observer.observe(step, values, self._clipped)
+        for name, value in changed.items():
+            _put_value(engine, self.parameters[name], value)
+
+    def state(self) -> dict[str, Tensor]:
+        """What rules and observer need to go on, for a checkpoint."""
+        found = {name: tensor for rule in self.rules for name, tensor in rule.tensors().items()}
+        if self.observer is not None:
+            found |= {_OBSERVER + name: tensor for name, tensor in self.observer.state().items()}
+        return found
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the state out of a checkpoint's tensors."""
+        for rule in self.rules:
+            rule.load(tensors)
+        if self.observer is not None:
+            own = {name: tensor for name, tensor in tensors.items() if name.startswith(_OBSERVER)}
+            self.observer.load_state({name.removeprefix(_OBSERVER): tensor for name, tensor in own.items()})
 
 
 def whole_values(parameters: Mapping[str, nn.Parameter]) -> tuple[dict[str, Tensor], int]:
@@ -95,7 +179,7 @@ def _whole(parameters: Mapping[str, nn.Parameter]) -> tuple[dict[str, Tensor], i
     return gradients, gathered
 
 
-def _put(engine: Any, parameter: Any, value: Tensor) -> None:
+def _put_gradient(engine: Any, parameter: Any, value: Tensor) -> None:
     """Make `value` the gradient that the next step sees."""
     from deepspeed.utils import safe_set_full_grad, safe_set_local_grad
 
@@ -109,3 +193,19 @@ def _put(engine: Any, parameter: Any, value: Tensor) -> None:
         parameter._hp_grad.copy_(value)
     else:
         safe_set_full_grad(parameter, value)
+
+
+def _put_value(engine: Any, parameter: Any, value: Tensor) -> None:
+    """Set a parameter between steps: what the optimizer steps, and what the next forward pass reads."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+    from cluster.training_state import share
+
+    if hasattr(parameter, "ds_id"):
+        local = share(engine, parameter, value)
+        safe_set_local_fp32_param(parameter, local)
+        parameter.ds_tensor.data.copy_(local)
+    elif hasattr(parameter, "_hp_mapping"):
+        safe_set_full_fp32_param(parameter, value)
+    if parameter.shape == value.shape:  # under ZeRO-3 only what it keeps whole
+        parameter.data.copy_(value)

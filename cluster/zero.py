@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from cluster.errors import TrainError
+from lowrank.optimizer_options import pair_problem
 
 if TYPE_CHECKING:
     from cluster.config import FinetuneConfig
@@ -50,6 +51,17 @@ def zero_stage(config: FinetuneConfig, base: Base, has_gpu: bool) -> int:
             "base whole on every rank, finetune.allow_zero3_quantized = true."
         )
     return stage
+
+
+def check_optimizer(config: FinetuneConfig) -> None:
+    """Refuse an optimizer of pairs A, B for an adapter that is none.
+
+    Raises:
+        TrainError: naming both, and what is allowed.
+    """
+    problem = pair_problem(config.optimizer, config.adapter.method)
+    if problem is not None:
+        raise TrainError(f"plan finetune: finetune.optimizer {problem}")
 
 
 def effective_stage(stage: int, dtype: str) -> int:

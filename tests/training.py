@@ -51,13 +51,15 @@ def make_job(source: ModelSource, root: Path, **changes: Any) -> TrainJob:
     )
 
 
-def reference(job: TrainJob) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """The same training by one plain PyTorch process: losses, and s·B·A by module."""
+def reference(
+    job: TrainJob, stepped: Callable[[int, dict[str, torch.nn.Parameter]], None] | None = None
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The same training by one plain PyTorch process: losses, and ΔW by module; `stepped` is called after each step."""
     config = job.config
     model = build_adapted(job.source, torch.float32, {"adapter": None})
     tokens = TokenTable.read(job.train_tokens)
     plan = Plan(tokens.lengths, config, 64)
-    step_once = _plain_step(config, model)
+    step_once = _plain_step(config, model, stepped)
     losses = []
     for step in range(plan.total_steps):
         batch = plan.batches(plan.epoch_of(step))[step % plan.steps_per_epoch]
@@ -71,7 +73,9 @@ def reference(job: TrainJob) -> tuple[list[float], dict[str, torch.Tensor]]:
     return losses, deltas_of(model)
 
 
-def _plain_step(config: FinetuneConfig, model: Any) -> Callable[[int, float], None]:
+def _plain_step(
+    config: FinetuneConfig, model: Any, stepped: Callable[[int, dict[str, torch.nn.Parameter]], None] | None
+) -> Callable[[int, float], None]:
     """Clip, redirect, and step torch's own optimizer over whole parameters."""
     parameters = trained_parameters(model)
     rule = make_optimizer(config.optimizer, config.optimizer_options, config.betas)
@@ -96,6 +100,8 @@ def _plain_step(config: FinetuneConfig, model: Any) -> Callable[[int, float], No
         for group in plain.param_groups:
             group["lr"] = rate * group["ratio"]
         plain.step()
+        if stepped is not None:
+            stepped(step, parameters)
         plain.zero_grad()
 
     return step_once

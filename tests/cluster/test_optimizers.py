@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ from cluster.metrics import read_metrics, steps_redone
 from cluster.model import ModelSource
 from cluster.train_job import ADAPTER_UNIT, TrainJob
 from cluster.training_state import load_tensors
+from cluster.whole_gradients import FAMILY_HOOKS, Hooks
 from lowrank.adapters.lora import LoRA
 from lowrank.adapters.peft_format import load_adapter
 from lowrank.config import AdapterConfig
+from lowrank.optimizers.pairs import is_b
 
 TOLERANCE = 1e-4
 STEPS = 20
@@ -102,10 +104,9 @@ def test_two_ranks_equal_one_plain_process_and_resume_on_one(
         assert steps_redone(job.root) == 0
     for job in [*whole, *cut]:
         assert_equals(job, reference(job))
+    adapters = load_adapter(whole[0].store.path(ADAPTER_UNIT)).values()
+    pairs_bytes = 4 * sum(adapter.num_parameters for adapter in adapters)
     # ZeRO-1 and 2 gather fp32 gradients, ZeRO-3 parameters too; without ZeRO both are whole. One rank gathers nothing.
-    pairs_bytes = 4 * sum(
-        adapter.num_parameters for adapter in load_adapter(whole[0].store.path(ADAPTER_UNIT)).values()
-    )
     first = [read_metrics(job.root)[0]["gathered_bytes"] for job in (*whole, cut[0])]
     assert first == [pairs_bytes, pairs_bytes, 0, 2 * pairs_bytes]
     assert read_metrics(cut[0].root)[-1]["gathered_bytes"] == 0
@@ -181,10 +182,70 @@ def test_a_penalty_is_part_of_the_gradient_and_not_of_the_loss(
 ) -> None:
     plain = job_of(bases["dense"], tmp_path / "plain", "riemannian", 0, max_steps=FEW)
     without = reference(plain)
-    monkeypatch.setattr(LoRA, "penalty", lambda self: 0.05 * self.lora_a.square().sum())
+    monkeypatch.setattr(LoRA, "penalty", lambda self: 5.0 * self.lora_a.square().sum())
     job = job_of(bases["dense"], tmp_path / "penalty", "riemannian", stage, max_steps=FEW, deepspeed={})
     expected = reference(job)
     alone(job)
     assert_equals(job, expected)
     assert expected[0][0] == pytest.approx(without[0][0], abs=1e-6)
     assert abs(expected[0][-1] - without[0][-1]) > 10 * TOLERANCE
+
+
+class Pruner:
+    """Keeps the column of every B whose |B∘g| was largest so far, summed over the steps; sets the others to 0."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, torch.Tensor] = {}
+
+    def observe(
+        self, step: int, parameters: Mapping[str, torch.Tensor], gradients: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        changed = {}
+        for name in filter(is_b, parameters):
+            seen = (parameters[name] * gradients[name]).abs().sum(0)
+            self.sums[name] = self.sums.get(name, torch.zeros_like(seen)) + seen
+            if step % 2:
+                kept = torch.zeros_like(seen)
+                kept[int(self.sums[name].argmax())] = 1.0
+                changed[name] = parameters[name] * kept
+        return changed
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return dict(self.sums)
+
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        self.sums = dict(state)
+
+
+def plain_with_pruner(job: TrainJob) -> Expected:
+    """`reference`, told of every step by a pruner of whole parameters."""
+    pruner = Pruner()
+
+    def tell(step: int, parameters: dict[str, torch.nn.Parameter]) -> None:
+        values = {name: parameter.detach() for name, parameter in parameters.items()}
+        gradients = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+        with torch.no_grad():
+            for name, value in pruner.observe(step, values, gradients).items():
+                parameters[name].copy_(value)
+
+    return reference(job, stepped=tell)
+
+
+@pytest.mark.parametrize("stage", [2, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 3))])
+def test_an_observer_sees_whole_tensors_and_changes_parameters(
+    bases: dict[str, ModelSource],
+    tmp_path: Path,
+    alone: Callable[..., None],
+    stage: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(FAMILY_HOOKS, "lora", lambda config, total_steps: Hooks(observer=Pruner()))
+    # One step between two changes, the last one after the last step, and an interruption between them.
+    job = job_of(bases["dense"], tmp_path, "lora_plus", stage, max_steps=FEW)
+    with pytest.raises(Interrupted):
+        alone(job, stop_after=FEW // 2)
+    alone(job)
+    assert_equals(job, plain_with_pruner(job))
+    for adapter in load_adapter(job.store.path(ADAPTER_UNIT)).values():
+        assert isinstance(adapter, LoRA)
+        assert int((adapter.lora_b.abs().sum(0) > 0).sum()) == 1

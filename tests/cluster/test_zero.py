@@ -9,7 +9,17 @@ import pytest
 
 from cluster.config import FinetuneConfig
 from cluster.errors import TrainError
-from cluster.zero import Base, MemoryEstimate, deepspeed_config, effective_stage, estimate_memory, merge, zero_stage
+from cluster.zero import (
+    Base,
+    MemoryEstimate,
+    check_optimizer,
+    deepspeed_config,
+    effective_stage,
+    estimate_memory,
+    merge,
+    zero_stage,
+)
+from lowrank.config import AdapterConfig
 
 
 @pytest.mark.parametrize(
@@ -67,6 +77,23 @@ def test_extra_keys_are_merged_but_never_over_a_field() -> None:
         deepspeed_config(
             FinetuneConfig(deepspeed={"zero_optimization": {"stage": 1}}), stage=2, world=2, dtype="float32"
         )
+
+
+def test_an_optimizer_with_moments_of_its_own_steps_plain_sgd() -> None:
+    config = FinetuneConfig(weight_decay=0.1, max_grad_norm=0.5)
+    made = deepspeed_config(config, stage=3, world=2, dtype="float32", plain="SGD", clips=False, persistent=7)
+    assert made["optimizer"] == {"type": "SGD", "params": {"lr": config.learning_rate, "weight_decay": 0.1}}
+    assert made["gradient_clipping"] == 0.0
+    assert made["zero_allow_untested_optimizer"] is True
+    assert made["zero_optimization"]["stage3_param_persistence_threshold"] == 7
+
+
+def test_pairs_need_a_family_of_pairs() -> None:
+    check_optimizer(FinetuneConfig(optimizer="riemannian"))
+    family = dataclasses.replace(AdapterConfig(), method="other")  # type: ignore[arg-type]
+    check_optimizer(FinetuneConfig(adapter=family))
+    with pytest.raises(TrainError, match=r"finetune.optimizer 'riemannian' steps pairs A, B .* 'other' does not train"):
+        check_optimizer(FinetuneConfig(adapter=family, optimizer="riemannian"))
 
 
 def test_merge_leaves_its_arguments_alone() -> None:

@@ -119,6 +119,11 @@ CONTRADICTIONS = {
     "finetune.adapter.options.factor": ["finetune.adapter.options.factor=4"],
     "finetune.base": ["finetune.base=dense", "decompose.mode=replace"],
     "finetune.zero_stage": ["finetune.zero_stage=3"],
+    "finetune.optimizer_options.lr_ratio": ["finetune.optimizer=lora_plus", "finetune.optimizer_options={lr_ratio: x}"],
+    "finetune.optimizer_options.ratio: unknown": [
+        "finetune.optimizer=lora_plus",
+        "finetune.optimizer_options={ratio: 4}",
+    ],
     "serve.host": ["serve.host=0.0.0.0"],
     "name": ["name=../evil"],
 }
