@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cluster.family_hooks import hooks_of
 from cluster.training_state import MOMENTS, active_adapters, gather, host, restore, trained_parameters
-from cluster.whole_gradients import FAMILY_HOOKS, GradientRule, Hooks, WholeGradients
+from cluster.whole_gradients import GradientRule, WholeGradients
 from cluster.zero import PERSISTENT, deepspeed_config, effective_stage, zero_stage
 
 if TYPE_CHECKING:
@@ -191,8 +192,7 @@ def _whole_gradients(
     """What the optimizer and the family want of whole gradients; None where nobody wants any."""
     from lowrank.optimizers.pairs import PairRule
 
-    make_hooks = FAMILY_HOOKS.get(config.adapter.method)
-    hooks = Hooks() if make_hooks is None else make_hooks(config.adapter, total_steps)
+    hooks = hooks_of(config.adapter, total_steps)
     rules: list[GradientRule] = [] if hooks.rule is None else [hooks.rule]
     if optimizer.redirects:
         rules.append(PairRule(optimizer, parameters))

@@ -7,14 +7,11 @@ plain optimiser that DeepSpeed steps then does the rest, on any ZeRO stage, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-    from lowrank.config import AdapterConfig
 
 #: Added to the norm that gradients are clipped by, as torch and DeepSpeed add it.
 _EPSILON = 1e-6
@@ -62,20 +59,6 @@ class StepObserver(Protocol):
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state` gave, as fp32 tensors."""
         ...
-
-
-@dataclass(frozen=True)
-class Hooks:
-    """What an adapter family wants of the training loop."""
-
-    rule: GradientRule | None = None
-    """Directions of its own."""
-    observer: StepObserver | None = None
-    """What looks on."""
-
-
-#: What families want beside `Adapter.penalty`: method -> hooks for a configuration and a number of optimizer steps.
-FAMILY_HOOKS: dict[str, Callable[[AdapterConfig, int], Hooks]] = {}
 
 
 class WholeGradients:

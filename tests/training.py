@@ -20,6 +20,8 @@ from cluster.tokens import TokenTable
 from cluster.train_job import ADAPTER_UNIT, Place, TrainJob
 from cluster.training_state import active_adapters, trained_parameters
 from lowrank.adapters.peft_format import load_adapter
+from lowrank.inject import adapted_layers
+from lowrank.linear import dense_weight
 from lowrank.optimizers.pairs import PairRule, is_b
 from lowrank.optimizers.registry import make_optimizer
 
@@ -108,7 +110,8 @@ def _plain_step(
 
 
 def deltas_of(model: Any) -> dict[str, torch.Tensor]:
-    return {name: adapter.delta_weight().detach() for name, adapter in active_adapters(model).items()}
+    weights = {name: dense_weight(layer.base) for name, layer in adapted_layers(model)}
+    return {name: adapter.delta_weight(weights[name]).detach() for name, adapter in active_adapters(model).items()}
 
 
 def losses_of(job: TrainJob) -> list[float]:

@@ -13,11 +13,11 @@ from ranks import Interrupted, run_processes
 from tiny import make_tiny, make_tokens
 from training import losses_of, make_job, only_rank, reference
 
+from cluster.family_hooks import FAMILY_HOOKS, Hooks
 from cluster.metrics import read_metrics, steps_redone
 from cluster.model import ModelSource
 from cluster.train_job import ADAPTER_UNIT, TrainJob
 from cluster.training_state import load_tensors
-from cluster.whole_gradients import FAMILY_HOOKS, Hooks
 from lowrank.adapters.lora import LoRA
 from lowrank.adapters.peft_format import load_adapter
 from lowrank.config import AdapterConfig
