@@ -20,7 +20,6 @@
 #define BEYOND_CACHES (1 << 23)
 
 typedef float v16 __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t v16i __attribute__((vector_size(64)));
 typedef float v8 __attribute__((vector_size(32), aligned(4), may_alias));
 
 /* ---- Quantize ---------------------------------------------------------------------------------------------------- */
@@ -111,38 +110,42 @@ int quantize_nf4(int64_t numel, int64_t block, const float *values, const float 
 
 /* ---- Decode ------------------------------------------------------------------------------------------------------ */
 
-/* 32 entries from 16 bytes, those in the high and those in the low bits: entries 0, 2, 4, … and 1, 3, 5, … */
-static inline void decode32(const uint8_t *packed, const v16 *levels, v16 *high, v16 *low) {
+/* 16 entries from 8 bytes, in their order. */
+static inline v16 decode16(const uint8_t *packed, const v16 *levels) {
 #ifdef __AVX512F__
-    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)packed));
-    /* Of an index the low four bits count. */
-    *high = (v16)_mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), (__m512)*levels);
-    *low = (v16)_mm512_permutexvar_ps(bytes, (__m512)*levels);
+    int64_t eight;
+    memcpy(&eight, packed, sizeof eight);
+    /* Of an index the low four bits count: the high ones of byte k belong in lane 2k, the low ones in lane 2k + 1. */
+#ifdef __AVX512VBMI__
+    const __m512i shifts = _mm512_setr_epi64(0x0000000000000004, 0x000000080000000c, 0x0000001000000014,
+                                             0x000000180000001c, 0x0000002000000024, 0x000000280000002c,
+                                             0x0000003000000034, 0x000000380000003c);
+    const __m512i codes = _mm512_multishift_epi64_epi8(shifts, _mm512_set1_epi64(eight));
 #else
-    for (int i = 0; i < 16; i++) {
-        (*high)[i] = (*levels)[packed[i] >> 4];
-        (*low)[i] = (*levels)[packed[i] & 15];
+    const __m512i bytes = _mm512_cvtepu8_epi64(_mm_cvtsi64_si128(eight));
+    const __m512i codes = _mm512_or_si512(_mm512_srli_epi64(bytes, 4), _mm512_slli_epi64(bytes, 32));
+#endif
+    return (v16)_mm512_permutexvar_ps(codes, (__m512)*levels);
+#else
+    v16 found;
+    for (int i = 0; i < 8; i++) {
+        found[2 * i] = (*levels)[packed[i] >> 4];
+        found[2 * i + 1] = (*levels)[packed[i] & 15];
     }
+    return found;
 #endif
 }
 
-/* 32 entries in their order. */
-static inline void dequantize32(const uint8_t *packed, const v16 *levels, float *values, int beyond_caches) {
-    const v16i first = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}, second = first + 8;
-    v16 high, low;
-    decode32(packed, levels, &high, &low);
-    const v16 left = __builtin_shuffle(high, low, first), right = __builtin_shuffle(high, low, second);
+static inline void store16(float *values, v16 found, int beyond_caches) {
 #ifdef __AVX512F__
     if (beyond_caches) {
-        _mm512_stream_ps(values, (__m512)left);
-        _mm512_stream_ps(values + 16, (__m512)right);
+        _mm512_stream_ps(values, (__m512)found);
         return;
     }
 #else
     (void)beyond_caches;
 #endif
-    *(v16 *)values = left;
-    *(v16 *)(values + 16) = right;
+    *(v16 *)values = found;
 }
 
 typedef struct {
@@ -158,15 +161,15 @@ static void dequantize_units(Job *job) {
     const int beyond_caches = q->numel >= BEYOND_CACHES && (uintptr_t)q->values % 64 == 0;
     for (int64_t unit, end; take(job, &unit, &end);) {
         const int64_t stop = end * UNIT < q->numel ? end * UNIT : q->numel;
-        int64_t i = unit * UNIT;
-        for (; i + CHUNK <= stop; i += CHUNK) {
-            const v16 levels = *(const v16 *)q->levels * q->absmax[i / q->block];
-            dequantize32(q->packed + i / 2, &levels, q->values + i, beyond_caches);
-            dequantize32(q->packed + i / 2 + 16, &levels, q->values + i + 32, beyond_caches);
-        }
-        for (; i < stop; i++) {
-            const int code = i % 2 ? q->packed[i / 2] & 15 : q->packed[i / 2] >> 4;
-            q->values[i] = q->levels[code] * q->absmax[i / q->block];
+        for (int64_t i = unit * UNIT; i < stop; i += q->block) {
+            const int64_t n = stop - i < q->block ? stop - i : q->block;
+            const float scale = q->absmax[i / q->block];
+            const v16 levels = *(const v16 *)q->levels * scale;
+            const uint8_t *packed = q->packed + i / 2;
+            float *values = q->values + i;
+            int64_t j = 0;
+            for (; j + 16 <= n; j += 16) store16(values + j, decode16(packed + j / 2, &levels), beyond_caches);
+            for (; j < n; j++) values[j] = scale * q->levels[j % 2 ? packed[j / 2] & 15 : packed[j / 2] >> 4];
         }
     }
 #ifdef __AVX512F__
@@ -209,8 +212,8 @@ typedef struct {
                     float scale[2];                                                                \
                     for (int r = 0; r < 2; r++) {                                                  \
                         const int64_t at = rows[r] * n + j;                                        \
-                        decode32(p->packed + at / 2, &levels, &w[r][0], &w[r][1]);                 \
-                        decode32(p->packed + at / 2 + 16, &levels, &w[r][2], &w[r][3]);            \
+                        const uint8_t *packed = p->packed + at / 2;                                \
+                        for (int k = 0; k < 4; k++) w[r][k] = decode16(packed + 8 * k, &levels);   \
                         scale[r] = p->absmax[at / p->block];                                       \
                     }                                                                              \
                     for (int t = 0; t < T; t++) {                                                  \
@@ -240,39 +243,38 @@ DEFINE_ROWS(4)
 #endif
 
 /* Eight or sixteen tokens side by side in a register: GROUP rows are decoded into the cache, then walked down. */
-#define DEFINE_COLUMNS(T)                                                                             \
-    static void columns_##T(Job *job) {                                                               \
-        const Product *p = job->data;                                                                 \
-        const v16 levels = *(const v16 *)p->levels;                                                   \
-        const int64_t n = p->n;                                                                       \
-        float w[GROUP][CHUNK];                                                                        \
-        for (int64_t group, end; take(job, &group, &end);)                                            \
-            for (; group < end; group++) {                                                            \
-                const int64_t low = group * GROUP, rows = p->m - low < GROUP ? p->m - low : GROUP;    \
-                v##T sums[GROUP];                                                                     \
-                memset(sums, 0, sizeof sums);                                                         \
-                memset(w, 0, sizeof w);                                                               \
-                for (int64_t j = 0; j < n; j += CHUNK) {                                              \
-                    for (int r = 0; r < rows; r++) {                                                  \
-                        const int64_t at = (low + r) * n + j;                                         \
-                        const v16 scaled = levels * p->absmax[at / p->block];                         \
-                        decode32(p->packed + at / 2, &scaled, (v16 *)w[r], (v16 *)w[r] + 1);          \
-                        decode32(p->packed + at / 2 + 16, &scaled, (v16 *)w[r] + 2, (v16 *)w[r] + 3); \
-                    }                                                                                 \
-                    for (int k = 0; k < CHUNK; k++) {                                                 \
-                        const v##T x = *(const v##T *)(p->x + (j + k) * T);                           \
-                        for (int r = 0; r < GROUP; r++) sums[r] += w[r][k] * x;                       \
-                    }                                                                                 \
-                }                                                                                     \
-                for (int r = 0; r < rows; r++) *(v##T *)(p->y + (low + r) * T) = sums[r];             \
-            }                                                                                         \
+#define DEFINE_COLUMNS(T)                                                                                 \
+    static void columns_##T(Job *job) {                                                                   \
+        const Product *p = job->data;                                                                     \
+        const v16 levels = *(const v16 *)p->levels;                                                       \
+        const int64_t n = p->n;                                                                           \
+        float w[GROUP][CHUNK];                                                                            \
+        for (int64_t group, end; take(job, &group, &end);)                                                \
+            for (; group < end; group++) {                                                                \
+                const int64_t low = group * GROUP, rows = p->m - low < GROUP ? p->m - low : GROUP;        \
+                v##T sums[GROUP];                                                                         \
+                memset(sums, 0, sizeof sums);                                                             \
+                memset(w, 0, sizeof w);                                                                   \
+                for (int64_t j = 0; j < n; j += CHUNK) {                                                  \
+                    for (int r = 0; r < rows; r++) {                                                      \
+                        const int64_t at = (low + r) * n + j;                                             \
+                        const v16 scaled = levels * p->absmax[at / p->block];                             \
+                        const uint8_t *packed = p->packed + at / 2;                                       \
+                        for (int k = 0; k < 4; k++) ((v16 *)w[r])[k] = decode16(packed + 8 * k, &scaled); \
+                    }                                                                                     \
+                    for (int k = 0; k < CHUNK; k++) {                                                     \
+                        const v##T x = *(const v##T *)(p->x + (j + k) * T);                               \
+                        for (int r = 0; r < GROUP; r++) sums[r] += w[r][k] * x;                           \
+                    }                                                                                     \
+                }                                                                                         \
+                for (int r = 0; r < rows; r++) *(v##T *)(p->y + (low + r) * T) = sums[r];                 \
+            }                                                                                             \
     }
 DEFINE_COLUMNS(8)
 DEFINE_COLUMNS(16)
 
 /* y = x Wᵀ of W (m, n), n a multiple of 64. Up to four tokens: x (tokens, n) and y (tokens, m). Eight or sixteen
-   tokens: x (n, tokens) and y (m, tokens). Of every 32 columns x holds the even ones first, as they are decoded.
-   Nonzero: not done. The bits do not depend on `threads`. */
+   tokens: x (n, tokens) and y (m, tokens). Nonzero: not done. The bits do not depend on `threads`. */
 int product_nf4(int64_t tokens, int64_t m, int64_t n, int64_t block, const float *x, const uint8_t *packed,
                 const float *absmax, const float *levels, float *y, int threads) {
     static void (*const by_rows[])(Job *) = {NULL, rows_1, rows_2, rows_3, rows_4};

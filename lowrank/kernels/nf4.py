@@ -101,13 +101,11 @@ def product(x: Tensor, packed: Tensor, absmax: Tensor, block_size: int, m: int) 
     if compiled is None:
         return None
     width = tokens if tokens <= 4 else 8 if tokens <= 8 else 16
-    # Of every 32 columns the even ones first, which is the order they are decoded in.
-    pairs = x.reshape(tokens, n // 32, 16, 2).transpose(2, 3)
     if width <= 4:
-        held, y = pairs.contiguous(), torch.empty(tokens, m)
+        held, y = x.contiguous(), torch.empty(tokens, m)
     else:
         held, y = torch.zeros(n, width), torch.empty(m, width)
-        held[:, :tokens] = pairs.reshape(tokens, n).T
+        held[:, :tokens] = x.T
     addresses = map(_address, (held, packed, absmax, levels(), y))
     compiled.product_nf4(*_integers(width, m, n, block_size), *addresses, _threads(m * n))
     return y if width <= 4 else y[:, :tokens].T.contiguous()
