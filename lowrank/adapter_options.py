@@ -144,24 +144,6 @@ class ABBAOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoKrOptions:
-    """LoKr."""
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
-
-    factor: int = -1
-    """Rows and columns of W1, as near to this as divisors of m and n allow, >= 2; -1 takes those nearest the roots."""
-    decompose_both: bool = False
-    """W1 of low rank too, where r is less than half of its larger side."""
-    init: Literal["peft", "lycoris"] = "peft"
-    """Start at ΔW = 0. `peft`: W1 (or W1a) = 0, the others Kaiming. `lycoris`: W2 (or W2b) = 0, the others Kaiming."""
-
-    def __post_init__(self) -> None:
-        if self.factor != -1:
-            at_least(2, factor=self.factor)
-
-
-@dataclass(frozen=True, kw_only=True)
 class KronAOptions:
     """KronA."""
 
@@ -173,6 +155,16 @@ class KronAOptions:
     def __post_init__(self) -> None:
         if self.factor != -1:
             at_least(2, factor=self.factor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoKrOptions(KronAOptions):
+    """LoKr."""
+
+    decompose_both: bool = False
+    """W1 of low rank too, where r is less than half of its larger side."""
+    init: Literal["peft", "lycoris"] = "peft"
+    """Start at ΔW = 0. `peft`: W1 (or W1a) = 0, the others Kaiming. `lycoris`: W2 (or W2b) = 0, the others Kaiming."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lowrank.adapter_options import LoHAOptions
-from lowrank.adapters.base import Adapter, Export, Layer, kaiming
-from lowrank.adapters.products import column_products, refuse_rslora, row_products
+from lowrank.adapters.base import Export, Layer, kaiming
+from lowrank.adapters.products import AddedInPlace, column_products, refuse_rslora, row_products
 from lowrank.adapters.settings import dropout_of, rank_of, scaling_for, scaling_from
 from lowrank.config import AdapterConfig
 from lowrank.errors import AdapterError
@@ -29,7 +29,7 @@ from lowrank.errors import AdapterError
 _PARTS = 16
 
 
-class LoHA(Adapter):
+class LoHA(AddedInPlace):
     """ΔW = s·(W1a W1b)∘(W2a W2b)."""
 
     peft_type: ClassVar[str] = "LOHA"

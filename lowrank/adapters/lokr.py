@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowrank.adapter_options import KronAOptions, LoKrOptions, options_of
-from lowrank.adapters.base import Adapter, Export, Layer, kaiming, matched
-from lowrank.adapters.products import refuse_rslora
+from lowrank.adapters.base import Export, Layer, kaiming, matched
+from lowrank.adapters.products import AddedInPlace, refuse_rslora
 from lowrank.adapters.settings import dropout_of, rank_of, scaling_for, scaling_from
 from lowrank.config import AdapterConfig
 from lowrank.errors import AdapterError
@@ -29,7 +29,7 @@ from lowrank.factors import KroneckerFactors
 _W1, _W2 = "lokr_w1", "lokr_w2"
 
 
-class LoKr(Adapter):
+class LoKr(AddedInPlace):
     """ΔW = s·W1 ⊗ W2, W2 = W2a W2b of rank r or full."""
 
     peft_type: ClassVar[str] = "LOKR"
