@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from adapter_samples import layer_of, randomize
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cluster.training_state import trained_tensors
@@ -301,6 +302,26 @@ def test_layers_of_one_shape_train_and_store_one_tensor(method: str, tmp_path: P
         assert torch.equal(loaded[name].delta_weight(), adapter.delta_weight())
         for parameter, again in zip(adapter.parameters(), loaded[name].parameters()):
             assert name not in TEXT or torch.equal(parameter.grad, again.grad)
+
+
+@pytest.mark.parametrize("method", ["vera", "lotr", "lorta"])
+def test_nonsense_in_what_layers_share_is_refused(method: str, tmp_path: Path) -> None:
+    config = config_of(method)
+    adapters = initial_adapters([layer_of(SHAPE, "m")], config)
+    shared = type(adapters["m"]).shared_tensors(adapters)
+    save_adapter(tmp_path, adapters, config, {"name": "tiny"})
+    for name, tensor in shared.items():
+        kept = tensor.clone()
+        with torch.no_grad():
+            tensor.flatten()[0] = torch.inf
+        with pytest.raises(AdapterError, match=rf"{name} holds NaN or infinity"):
+            save_adapter(tmp_path / name, adapters, config, {"name": "tiny"})
+        stored = {key: value.clone() for key, value in load_file(tmp_path / "adapter_model.safetensors").items()}
+        save_file(stored | {f"base_model.{name}": tensor.contiguous()}, tmp_path / "adapter_model.safetensors")
+        with pytest.raises(AdapterError, match=rf"{name} holds NaN or infinity"):
+            load_adapter(tmp_path)
+        save_file(stored, tmp_path / "adapter_model.safetensors")
+        tensor.copy_(kept)
 
 
 def test_lorta_is_the_cp_tensor_over_layers_projections_and_heads() -> None:
