@@ -159,7 +159,7 @@ def training() -> list[Row]:
 
 #: Method, options and target of the split rows, as shares of the peer's error.
 SPLITS: dict[str, tuple[str, dict[str, Any], float]] = {
-    "QPiSSA, 1 round": ("qpissa", {}, 0.0),
+    "QPiSSA, 1 round": ("qpissa", {}, 0.85),
     "QPiSSA, 5 rounds": ("qpissa", {"n_iter": 5}, 0.85),
     "LoftQ, 5 rounds": ("loftq", {}, 0.0),
     "alternation (LQ-LoRA), at most 20 rounds": ("lq_lora", {}, 0.70),
