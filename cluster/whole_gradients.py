@@ -190,7 +190,7 @@ def _put_gradient(engine: Any, parameter: Any, value: Tensor) -> None:
         safe_set_local_grad(parameter, share(engine, parameter, value))
     elif getattr(parameter, "_hp_grad", None) is not None:
         # In bfloat16, ZeRO-1 steps this whole fp32 buffer; the setter would write to the bfloat16 gradient beside it.
-        parameter._hp_grad.copy_(value)
+        parameter._hp_grad.copy_(value.reshape(parameter._hp_grad.shape))
     else:
         safe_set_full_grad(parameter, value)
 
