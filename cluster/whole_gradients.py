@@ -3,6 +3,8 @@
 An optimiser of pairs needs A, B and their gradients whole, in fp32. They are a percent of a model, so that every rank
 gathers them, computes the same directions from them, and puts back its share where DeepSpeed keeps the gradient. The
 plain optimiser that DeepSpeed steps then does the rest, on any ZeRO stage, and parameters never leave their place.
+In bfloat16 DeepSpeed keeps gradients, and so directions, in bfloat16, unless `finetune.deepspeed` sets its
+`data_types.grad_accum_dtype` to fp32; the parameters that are stepped, and all moments, are fp32.
 """
 
 from __future__ import annotations
@@ -172,8 +174,9 @@ def _put_gradient(engine: Any, parameter: Any, value: Tensor) -> None:
         # The "full" setter of ZeRO-3 fails on sizes that the ranks do not divide.
         safe_set_local_grad(parameter, share(engine, parameter, value))
     elif getattr(parameter, "_hp_grad", None) is not None:
-        # In bfloat16, ZeRO-1 steps this whole fp32 buffer; the setter would write to the bfloat16 gradient beside it.
-        parameter._hp_grad.copy_(value)
+        # ZeRO-1 over bfloat16 that accumulates in fp32 steps this whole buffer; the setter would write to the bfloat16
+        # gradient beside it.
+        parameter._hp_grad.copy_(value.reshape(parameter._hp_grad.shape))
     else:
         safe_set_full_grad(parameter, value)
 

@@ -18,6 +18,11 @@ Plain = Literal["AdamW", "SGD"]
 #: Numbers of an adapter tensor up to which ZeRO-3 keeps it whole on every rank.
 PERSISTENT = 10_000
 
+#: fp32 numbers per trained one that every rank holds whole at a step: gradient, direction, value, own moments.
+_WHOLE = {"adamw": 0, "lora_plus": 0, "riemannian": 3, "reflora": 3, "altlora": 5, "lora_rite": 5}
+#: Optimizers whose moments are among them, and not AdamW's.
+_OWN_MOMENTS = ("altlora", "lora_rite")
+
 #: Keys that the training loop owns: another value would break the loss, the resume or the batches.
 _OWNED = {
     "train_batch_size": "finetune.global_batch_size",
@@ -214,7 +219,7 @@ def estimate_memory(
     """What one rank will hold, to within a factor of about two (activations are rough).
 
     Args:
-        config: Micro-batch and gradient checkpointing.
+        config: Micro-batch, optimizer and gradient checkpointing.
         stage: ZeRO stage; 1 partitions the optimizer, 2 the gradients too, 3 the parameters too.
         world: Ranks.
         dtype: `float32` or `bfloat16`; in bfloat16 the optimizer also keeps fp32 parameters.
@@ -230,7 +235,9 @@ def estimate_memory(
     parameters, optimizer_share = (world if stage == 3 else 1), (world if stage >= 1 else 1)
     adapter = adapter_parameters * width // parameters
     gradients = adapter_parameters * width // (world if stage >= 2 else 1)
-    moments = adapter_parameters * (8 if width == 4 else 12) // optimizer_share
+    # AdamW's two moments, in bfloat16 fp32 parameters too.
+    numbers = (0 if config.optimizer in _OWN_MOMENTS else 2) + (0 if width == 4 else 1)
+    moments = 4 * adapter_parameters * numbers // optimizer_share + 4 * adapter_parameters * _WHOLE[config.optimizer]
     # ZeRO 1 to 3 step a flat fp32 copy of their partition, in fp32 too.
     moments += adapter_parameters * 4 // optimizer_share if stage and width == 4 else 0
     base = base_bytes - partitionable_bytes + partitionable_bytes // parameters

@@ -156,13 +156,24 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("stage", "extra"),
+    # Accumulation in fp32 makes DeepSpeed take another optimizer class for ZeRO-1.
+    [(1, {}), (1, {"data_types": {"grad_accum_dtype": "fp32"}}), (2, {}), (3, {})],
+    ids=["1", "1-fp32-accumulation", "2", "3"],
+)
 @pytest.mark.parametrize("optimizer", ["riemannian", "lora_rite"])
 def test_bfloat16_learns_alike_on_one_and_two_ranks(
-    bases: dict[str, ModelSource], tmp_path: Path, alone: Callable[..., None], optimizer: str, stage: int
+    bases: dict[str, ModelSource],
+    tmp_path: Path,
+    alone: Callable[..., None],
+    optimizer: str,
+    stage: int,
+    extra: dict[str, Any],
 ) -> None:
     one, two = (
-        job_of(bases["dense"], tmp_path / name, optimizer, stage, compute_dtype="bfloat16") for name in ("one", "two")
+        job_of(bases["dense"], tmp_path / name, optimizer, stage, compute_dtype="bfloat16", deepspeed=extra)
+        for name in ("one", "two")
     )
     alone(one)
     run_processes(2, tmp_path / "ranks", [(two, None)])

@@ -102,10 +102,10 @@ def test_merge_leaves_its_arguments_alone() -> None:
     assert base == {"a": {"b": 1}}
 
 
-def estimate(stage: int, world: int, **changes: Any) -> MemoryEstimate:
+def estimate(stage: int, world: int, optimizer: Any = "adamw", **changes: Any) -> MemoryEstimate:
     values: dict[str, Any] = {"dtype": "float32", "base_bytes": 1000, "partitionable_bytes": 600}
     values |= {"adapter_parameters": 100, "hidden_size": 8, "num_layers": 2, "vocabulary": 10, "max_length": 4}
-    return estimate_memory(FinetuneConfig(), stage=stage, world=world, **(values | changes))
+    return estimate_memory(FinetuneConfig(optimizer=optimizer), stage=stage, world=world, **(values | changes))
 
 
 def test_each_stage_holds_no_more_than_the_one_before() -> None:
@@ -117,6 +117,13 @@ def test_each_stage_holds_no_more_than_the_one_before() -> None:
     assert estimate(2, 2).gradients + estimate(2, 2).optimizer <= 0.55 * (
         estimate(2, 1).gradients + estimate(2, 1).optimizer
     )
+
+
+def test_whole_tensors_of_pairs_are_not_cut() -> None:
+    for optimizer, numbers in [("lora_plus", 0), ("riemannian", 3), ("lora_rite", 5)]:
+        own = 2 if optimizer == "lora_rite" else 0
+        assert estimate(0, 4, optimizer).optimizer - estimate(0, 4).optimizer == 400 * (numbers - own)
+        assert estimate(2, 4, optimizer).optimizer - estimate(2, 4).optimizer == 400 * numbers - 100 * own
 
 
 def test_recomputing_activations_needs_less_of_them() -> None:
