@@ -278,6 +278,8 @@ def _adapter_problems(config: PipelineConfig) -> Iterator[str]:
             "finetune.adapter.target_modules: layers without an adapter would lose the L and R that quantize.method "
             f"{config.quantize.method!r} takes out of W. Leave it out, or set quantize.method to 'nf4'."
         )
+    if adapter.init in ("pissa", "milora", "olora") and adapter.method not in ("lora", "lora_fa", "dylora"):
+        yield f"finetune.adapter.init: {adapter.init!r} is for lora, lora_fa and dylora. Set it to 'kaiming'."
     if adapter.init in ("pissa", "milora", "olora") and config.finetune.base != "dense":
         yield (
             f"finetune.adapter.init: {adapter.init!r} takes its pair out of a dense base. Over NF4 set decompose.rank, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -134,7 +135,10 @@ def only_rank(directory: Path) -> Iterator[Callable[..., None]]:
 
     set_environment(use_gpu=False)
     import deepspeed.comm
+    from deepspeed.utils import groups
 
+    # DeepSpeed remembers groups, which the next process group of this process does not know.
+    remembered = {name: copy.copy(value) for name, value in vars(groups).items() if _is_state(name, value)}
     join_group(0, 1, directory)
 
     def run(job: TrainJob, stop_after: int | None = None, launch: Path = directory) -> None:
@@ -145,5 +149,10 @@ def only_rank(directory: Path) -> Iterator[Callable[..., None]]:
     finally:
         torch.distributed.destroy_process_group()
         deepspeed.comm.comm.cdb = None
+        vars(groups).update(remembered)
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             os.environ.pop(name, None)
+
+
+def _is_state(name: str, value: Any) -> bool:
+    return not name.startswith("__") and (value is None or isinstance(value, dict | list))

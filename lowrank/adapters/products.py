@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from lowrank.adapters.base import Adapter, Layer
@@ -13,9 +14,11 @@ class AddedInPlace(Adapter):
     """A family whose ΔW x is so cheap that a second tensor of the size of y would cost as much again."""
 
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        """As every adapter's, but y itself is changed and given back."""
+        """As every adapter's; where no gradient is asked for, y itself is changed and given back."""
         del base
-        return y.add_(self.delta(self.dropped(x)))
+        delta = self.delta(self.dropped(x))
+        # With gradients y may be a view that autograd guards (an NF4 layer's, or one that ZeRO-3 has hooked).
+        return y + delta if torch.is_grad_enabled() else y.add_(delta)
 
 
 def row_products(a: Tensor, b: Tensor) -> Tensor:

@@ -114,6 +114,11 @@ CONTRADICTIONS = {
     "finetune.adapter.r": ["finetune.adapter.r=4"],
     "finetune.adapter.init: 'kaiming' would lose": ["finetune.adapter.init=kaiming"],
     "finetune.adapter.init: 'pissa' takes its pair": ["finetune.adapter.init=pissa", "quantize.method=nf4"],
+    "finetune.adapter.init: 'pissa' is for": [
+        "finetune.adapter.init=pissa",
+        "finetune.adapter.method=hira",
+        "finetune.base=dense",
+    ],
     "finetune.adapter.target_modules: layers": ["finetune.adapter.target_modules=[q_proj]"],
     "finetune.adapter.rank_pattern": ["finetune.adapter.rank_pattern={'(': 4}"],
     "finetune.adapter.options.factor": ["finetune.adapter.options.factor=4"],
