@@ -64,11 +64,10 @@ def dequantize() -> list[Row]:
     for m, n, target, calls in ((SIZE, SIZE, 1.5, 5), (1536, 576, 0.0, 50)):
         w = weight(m, n)
         packed, state = quantize_4bit(w, blocksize=64, quant_type="nf4")
+        out = torch.empty_like(w)
         actions = {
             "peer": lambda packed=packed, state=state: dequantize_4bit(packed, state),
-            "ours": lambda packed=packed, state=state, out=torch.empty_like(w): nf4.dequantize(
-                packed, state.absmax, 64, out
-            ),
+            "ours": lambda packed=packed, state=state, out=out: nf4.dequantize(packed, state.absmax, 64, out),
         }
         best, found = paired({name: times(calls, action) for name, action in actions.items()}, repeats=6)
         same = torch.equal(found["ours"], found["peer"])
