@@ -1,4 +1,4 @@
-"""Measure the adapter families against their peers: python benchmarks/adapters.py [JOB ...] [--again] [--json]
+"""Measure the adapter families against their peers: python benchmarks/adapters.py [JOB ...] [--again]
 
 Prints a row per comparison as it comes and writes benchmarks/results/adapters.json; a job that was measured before
 with the same versions on the same processor is printed from there.
@@ -12,8 +12,8 @@ from pathlib import Path
 
 from harness import keep_memory, main
 
-PARTS = ("adapter_layers",)
-PACKAGES = ["torch", "peft"]
+PARTS = ("adapter_layers", "nf4")
+PACKAGES = ["torch", "peft", "bitsandbytes"]
 
 if __name__ == "__main__":
     keep_memory()

@@ -107,10 +107,14 @@ def main(name: str, jobs: Mapping[str, Callable[[], list[Row]]], packages: list[
     parser.add_argument("only", nargs="*", help=f"jobs to run (all): {', '.join(jobs)}")
     parser.add_argument("--again", action="store_true", help="measure jobs anew that have results")
     parser.add_argument("--json", action="store_true", help="print the results as JSON at the end")
+    parser.add_argument("--markdown", action="store_true", help="print the table of what is there, measure nothing")
     chosen = parser.parse_args()
     keep_memory()
     path = RESULTS / f"{name}.json"
     kept = json.loads(path.read_text()) if path.is_file() else {}
+    if chosen.markdown:
+        print(markdown(kept["rows"]))
+        return
     facts = {"machine": machine(), "versions": versions(packages)}
     same = kept.get("versions") == facts["versions"] and kept.get("machine", {}).get("cpu") == facts["machine"]["cpu"]
     done: dict[str, list[dict[str, Any]]] = kept.get("jobs", {}) if same else {}
@@ -127,6 +131,20 @@ def main(name: str, jobs: Mapping[str, Callable[[], list[Row]]], packages: list[
             _print(found)
     if chosen.json:
         print(path.read_text())
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The rows as the documentation shows them."""
+    lines = ["| job | peer | ratio | target | met | error ours / peer |", "|---|---|---|---|---|---|"]
+    for found in rows:
+        sign = "≥" if found["direction"] == ">=" else "≤"
+        target = f"{sign} {found['target']:g}" if found["target"] else "–"
+        met = ("yes" if found["met"] else "**no**") if found["target"] else "–"
+        errors = [f"{found[key]:.5g}" if found[key] is not None else "–" for key in ("error_ours", "error_peer")]
+        lines.append(
+            f"| {found['job']} | {found['peer']} | {found['ratio']:.2f} | {target} | {met} | {' / '.join(errors)} |"
+        )
+    return "\n".join(lines)
 
 
 def _print(found: Mapping[str, Any]) -> None:
