@@ -1,7 +1,8 @@
-"""A trained adapter merged into a whole model that transformers loads by itself."""
+"""What leaves the house: an adapter as plain LoRA, or merged into a whole model that transformers loads by itself."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,7 +12,46 @@ from cluster.model import ModelSource, add_to_weights, build_dense, initial_adap
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lowrank.adapters.base import Adapter
+
 Onto = Literal["trained", "original"]
+
+
+def export_lora(
+    source: ModelSource, trained: Mapping[str, Adapter], out: Path, max_rank: int | None, facts: dict[str, Any]
+) -> dict[str, Any]:
+    """Write trained adapters of any family as LoRA over the original model, in PEFT's format.
+
+    Args:
+        source: shards, splits and configuration of the run.
+        trained: module -> adapter.
+        out: directory to write.
+        max_rank: largest rank, >= 1; larger changes are cut. None exports exactly.
+        facts: goes under `rankline` in the configuration.
+
+    Returns:
+        num_layers, rank, and the least and mean share of the change's energy that was kept.
+
+    Raises:
+        AdapterError: the family is merge-only, or has no small exact LoRA and `max_rank` is not given.
+    """
+    from lowrank.adapters.export import as_lora
+    from lowrank.adapters.pairs import OUT_OF_WEIGHT
+    from lowrank.adapters.peft_format import save_adapter
+    from lowrank.config import AdapterConfig
+
+    taken_out = source.adapter.init in OUT_OF_WEIGHT and any(adapter.takes_split for adapter in trained.values())
+    made = as_lora(trained, initial_adapters(source) if taken_out else None, max_rank)
+    flipped = any(spec.transposed for spec in ShardSet(source.shards).architecture.linears)
+    plain = AdapterConfig(method="lora", r=made.rank, lora_alpha=float(made.rank), init="kaiming")
+    save_adapter(out, made.layers, plain, facts | {"base": "dense", "fan_in_fan_out": flipped})
+    energies = list(made.retained_energy.values())
+    return {
+        "num_layers": len(made.layers),
+        "rank": made.rank,
+        "retained_energy_min": min(energies),
+        "retained_energy_mean": sum(energies) / len(energies),
+    }
 
 
 def export_merged(source: ModelSource, adapter_dir: Path, out: Path, onto: Onto) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from cluster.model import ModelSource
-from lowrank.config import AdapterConfig
 from pipelines.artifacts import Store
 from pipelines.config import PipelineConfig, parse, read_yaml
 from pipelines.errors import ArtifactError, ConfigError
@@ -73,37 +72,10 @@ def _finished(store_dir: Path, run: str) -> tuple[PipelineConfig, ModelSource, P
 def _lora(
     config: PipelineConfig, source: ModelSource, adapter: Path, out: Path, max_rank: int | None
 ) -> dict[str, Any]:
+    from cluster.export import export_lora
     from lowrank.adapters.peft_format import load_adapter
 
     if config.decompose.mode == "replace":
         raise ConfigError("export: decompose.mode 'replace' has no original weights to add to. Use --format merged.")
     facts = {"name": config.model.source, "run": config.name}
-    return write_lora(source, load_adapter(adapter), out, max_rank, facts)
-
-
-def write_lora(
-    source: ModelSource, trained: Any, out: Path, max_rank: int | None, facts: dict[str, Any]
-) -> dict[str, Any]:
-    """Write trained adapters of any family as LoRA over the original model; the rank and the energies kept.
-
-    Raises:
-        AdapterError: the family is merge-only, or has no small exact LoRA and `max_rank` is not given.
-    """
-    from cluster.artifacts import ShardSet
-    from cluster.model import initial_adapters
-    from lowrank.adapters.export import as_lora
-    from lowrank.adapters.pairs import OUT_OF_WEIGHT
-    from lowrank.adapters.peft_format import save_adapter
-
-    taken_out = source.adapter.init in OUT_OF_WEIGHT and any(adapter.takes_split for adapter in trained.values())
-    made = as_lora(trained, initial_adapters(source) if taken_out else None, max_rank)
-    flipped = any(spec.transposed for spec in ShardSet(source.shards).architecture.linears)
-    plain = AdapterConfig(method="lora", r=made.rank, lora_alpha=float(made.rank), init="kaiming")
-    save_adapter(out, made.layers, plain, facts | {"base": "dense", "fan_in_fan_out": flipped})
-    energies = list(made.retained_energy.values())
-    return {
-        "num_layers": len(made.layers),
-        "rank": made.rank,
-        "retained_energy_min": min(energies),
-        "retained_energy_mean": sum(energies) / len(energies),
-    }
+    return export_lora(source, load_adapter(adapter), out, max_rank, facts)

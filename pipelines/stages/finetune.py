@@ -134,7 +134,7 @@ def _has_gpu(use_ray: bool) -> bool:
 
 def _export_plain(source: ModelSource, trained: Path, base: dict[str, Any], directory: Path) -> dict[str, Any]:
     """What training changed, as a LoRA that stock PEFT applies to the original model."""
+    from cluster.export import export_lora
     from lowrank.adapters.peft_format import load_adapter
-    from pipelines.export import write_lora
 
-    return write_lora(source, load_adapter(trained), directory, None, base)
+    return export_lora(source, load_adapter(trained), directory, None, base)
