@@ -52,8 +52,8 @@ class FinetuneConfig:
     """Data-parallel workers."""
     cpus_per_worker: Annotated[float, Gt(0), EXECUTION] = 1.0
     """Logical CPUs a worker reserves."""
-    threads_per_worker: Annotated[int, Ge(1), EXECUTION] = 1
-    """Torch threads of a worker."""
+    threads_per_worker: Annotated[int, Ge(1), EXECUTION] | None = None
+    """Torch threads of a worker; null shares the cores of a node among the workers on it."""
     base: Literal["nf4", "dense"] = "nf4"
     """Frozen weights under the adapter: the packed ones of quantize, or the original dense ones."""
     zero_stage: Literal[0, 1, 2, 3] | None = None

@@ -88,6 +88,8 @@ class Place:
     """Directory of this launch on shared storage: errors that no retry can cure, and the driver's wish to stop."""
     report: Callable[[dict[str, Any]], None]
     """Called by every rank at checkpoints."""
+    local_world: int = 1
+    """Workers on this node."""
     report_every_s: float = 0.0
     """A checkpoint that follows the last report sooner is not reported: Ray Train takes in one report every 2 s, and
     `report` blocks until the one before was taken."""

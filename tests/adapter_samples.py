@@ -13,6 +13,8 @@ from lowrank.adapters.registry import FAMILIES
 from lowrank.config import AdapterConfig
 
 SHAPES = [(24, 36), (36, 24), (24, 24)]
+#: Families without a rank.
+RANKLESS = ("krona", "kradapter")
 #: The divisors nearest the root.
 ROOT, ROUND = {24: 4, 36: 6}, {24: 6, 36: 6}
 
