@@ -18,7 +18,7 @@ Onto = Literal["trained", "original"]
 
 
 def export_lora(
-    source: ModelSource, trained: Mapping[str, Adapter], out: Path, max_rank: int | None, facts: dict[str, Any]
+    source: ModelSource, trained: Mapping[str, Adapter], out: Path, max_rank: int | None, facts: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Write trained adapters of any family as LoRA over the original model, in PEFT's format.
 
@@ -44,7 +44,7 @@ def export_lora(
     made = as_lora(trained, initial_adapters(source) if taken_out else None, max_rank)
     flipped = any(spec.transposed for spec in ShardSet(source.shards).architecture.linears)
     plain = AdapterConfig(method="lora", r=made.rank, lora_alpha=float(made.rank), init="kaiming")
-    save_adapter(out, made.layers, plain, facts | {"base": "dense", "fan_in_fan_out": flipped})
+    save_adapter(out, made.layers, plain, {**facts, "base": "dense", "fan_in_fan_out": flipped})
     energies = list(made.retained_energy.values())
     return {
         "num_layers": len(made.layers),

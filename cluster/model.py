@@ -6,7 +6,7 @@ Weights are assigned to a model made on the meta device, so that nothing is init
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -38,6 +38,8 @@ class ModelSource:
     adapter: AdapterConfig
     adapter_dir: Path | None = None
     base: Literal["nf4", "dense"] = "nf4"
+    base_facts: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Name and hashes of the base: what adapters trained over it record, and what those loaded onto it must match."""
 
 
 def compute_dtype(choice: str, device: str) -> torch.dtype:
@@ -141,7 +143,7 @@ def build_adapted(source: ModelSource, dtype: torch.dtype, adapters: Mapping[str
     model = build_dense(shards, dtype, _nf4_layers(source) if source.base == "nf4" else None)
     named: dict[str, dict[str, Adapter]] = {}
     for name, path in adapters.items():
-        made = initial_adapters(source) if path is None else load_adapter(path)
+        made = initial_adapters(source) if path is None else load_adapter(path, source.base_facts)
         for module, adapter in made.items():
             named.setdefault(module, {})[name] = adapter
     if source.adapter.init in RESIDUAL:

@@ -35,7 +35,7 @@ def commit_adapter(job: TrainJob, outcome: dict[str, Any], probe: MicroBatch) ->
 
     def write(directory: Path) -> dict[str, Any]:
         trained = adapters_of(load_tensors(job.store, step), job.source)
-        save_adapter(directory, trained, job.source.adapter, job.base_facts)
+        save_adapter(directory, trained, job.source.adapter, job.source.base_facts)
         loss = _check(job, directory, trained, kept, outcome["dtype"], probe)
         return {
             "global_step": kept.step,

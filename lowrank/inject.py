@@ -60,7 +60,7 @@ def inject(model: nn.Module, adapters: Mapping[str, Mapping[str, Adapter]], acti
     """Wrap the layer `name` of every `adapters[name][adapter_name]`; every other parameter is frozen.
 
     Raises:
-        AdapterError: a target does not exist in the model.
+        AdapterError: a target does not exist in the model, or has another shape.
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -69,7 +69,21 @@ def inject(model: nn.Module, adapters: Mapping[str, Mapping[str, Adapter]], acti
             base = model.get_submodule(name)
         except AttributeError as error:
             raise AdapterError(f"inject adapter: the model has no module {name!r}. Check target_modules.") from error
+        _check_shapes(name, base, named)
         replace_module(model, name, AdaptedLinear(base, named, active))
+
+
+def _check_shapes(name: str, base: nn.Module, adapters: Mapping[str, Adapter]) -> None:
+    shape = getattr(base, "out_features", None), getattr(base, "in_features", None)
+    if None in shape:  # GPT-2's Conv1D, which stores the transpose
+        weight = base.get_parameter("weight")
+        shape = weight.shape[1], weight.shape[0]
+    for adapter_name, adapter in adapters.items():
+        if tuple(adapter.shape) != shape:
+            raise AdapterError(
+                f"inject adapter {adapter_name!r}: it is for a {adapter.shape[0]}x{adapter.shape[1]} layer, {name} is "
+                f"{shape[0]}x{shape[1]}. Load it onto the model that it was trained for."
+            )
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:

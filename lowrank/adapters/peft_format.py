@@ -21,6 +21,8 @@ from lowrank.errors import AdapterError
 
 _PREFIX = "base_model.model."
 _SHARED = "base_model."
+#: What must be the same where an adapter is loaded, as messages name it.
+_BASE_KEYS = {"base_sha256": "weights of sha256", "split_key": "the split", "base": "a base of kind"}
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -93,16 +95,41 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def load_adapter(directory: Path) -> dict[str, Adapter]:
-    """Read a PEFT directory of any family: module -> adapter.
+def check_base(directory: Path, config: Mapping[str, Any], base: Mapping[str, Any]) -> None:
+    """Refuse an adapter for another base; what either side does not tell (files of other tools) is not compared.
 
     Raises:
-        AdapterError: damaged files, missing tensors, wrong shapes, or values that are not finite.
+        AdapterError: it was trained over another model, another split of it, or another kind of base.
+    """
+    trained = config.get("rankline") or {}
+    dense = base.get("base", trained.get("base")) == "dense"
+    for key, what in _BASE_KEYS.items():
+        if dense and key == "split_key":
+            continue
+        theirs, ours = trained.get(key), base.get(key)
+        if None not in (theirs, ours) and theirs != ours:
+            raise AdapterError(
+                f"load adapter {directory}: it was trained over {what} {theirs} (model {trained.get('name')!r}), this "
+                f"base has {ours} (model {base.get('name')!r}). Load it onto the base that it was trained over, train "
+                "it again over this one, or write it for the original dense model with `rankline export`."
+            )
+
+
+def load_adapter(directory: Path, base: Mapping[str, Any] | None = None) -> dict[str, Adapter]:
+    """Read a PEFT directory of any family: module -> adapter.
+
+    Args:
+        directory: of our own or of PEFT's making.
+        base: what the adapter is to be loaded onto, by the names that `save_adapter` records; None does not ask.
+
+    Raises:
+        AdapterError: damaged files, missing tensors, wrong shapes, values that are not finite, or another base.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     config = read_config(directory)
+    check_base(directory, config, base or {})
     family = family_of(config)
     assert family is not None
     try:
