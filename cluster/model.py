@@ -136,8 +136,9 @@ def build_adapted(source: ModelSource, dtype: torch.dtype, adapters: Mapping[str
     The first name is active.
     """
     from lowrank.adapters.pairs import RESIDUAL
-    from lowrank.adapters.peft_format import load_adapter
+    from lowrank.adapters.peft_format import load_adapter, load_saved_modules
     from lowrank.inject import inject
+    from lowrank.saved_modules import add_saved, find_modules
 
     shards = ShardSet(source.shards)
     model = build_dense(shards, dtype, _nf4_layers(source) if source.base == "nf4" else None)
@@ -148,7 +149,11 @@ def build_adapted(source: ModelSource, dtype: torch.dtype, adapters: Mapping[str
             named.setdefault(module, {})[name] = adapter
     if source.adapter.init in RESIDUAL:
         add_to_weights(model, shards, {m: -a.delta_weight() for m, a in initial_adapters(source).items()})
-    inject(model, named, next(iter(adapters)))
+    active = next(iter(adapters))
+    inject(model, named, active)
+    for name, path in adapters.items():
+        untrained = dict.fromkeys(find_modules(model, source.adapter.modules_to_save or ())) if path is None else {}
+        add_saved(model, name, untrained if path is None else load_saved_modules(path), active)
     return model.eval()
 
 

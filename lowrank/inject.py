@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -50,6 +51,27 @@ class AdaptedLinear(nn.Module):
             self.base.weight, self._kept = nn.Parameter(self._kept, requires_grad=False), None
 
 
+class SavedModule(nn.Module):
+    """A frozen module and its trained copies by adapter; the active adapter's copy answers, else the module itself."""
+
+    def __init__(self, base: nn.Module, active: str | None) -> None:
+        """Args: base: the frozen module. active: the adapter that speaks first."""
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.copies = nn.ModuleDict()
+        self.active = active
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the active adapter's copy answers."""
+        own = self.active_copy
+        return (self.base if own is None else own)(*args, **kwargs)
+
+    @property
+    def active_copy(self) -> nn.Module | None:
+        """The trained copy of the active adapter, if it has one."""
+        return None if self.active is None or self.active not in self.copies else self.copies[self.active]
+
+
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Set the submodule at dotted path `name`."""
     parent, _, leaf = name.rpartition(".")
@@ -91,6 +113,16 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, AdaptedLinear))
 
 
+def saved_modules(model: nn.Module) -> Iterator[tuple[str, SavedModule]]:
+    """(name, module) of every module that has trained copies, in the model's order."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, SavedModule))
+
+
+def speakers(model: nn.Module) -> list[AdaptedLinear | SavedModule]:
+    """Everything whose `active` says which adapter answers."""
+    return [module for module in model.modules() if isinstance(module, AdaptedLinear | SavedModule)]
+
+
 def set_active(model: nn.Module, adapter: str | None) -> None:
     """Make `adapter` (None: the bare base) the one that every adapted layer applies.
 
@@ -103,3 +135,5 @@ def set_active(model: nn.Module, adapter: str | None) -> None:
                 f"activate adapter {adapter!r}: layer {name} has {sorted(layer.adapters)}. Load the adapter first."
             )
         layer.active = adapter
+    for _, module in saved_modules(model):
+        module.active = adapter

@@ -68,9 +68,8 @@ def _lora(
     config: PipelineConfig, source: ModelSource, adapter: Path, out: Path, max_rank: int | None
 ) -> dict[str, Any]:
     from cluster.export import export_lora
-    from lowrank.adapters.peft_format import load_adapter
 
     if config.decompose.mode == "replace":
         raise ConfigError("export: decompose.mode 'replace' has no original weights to add to. Use --format merged.")
     facts = {**source.base_facts, "run": config.name}
-    return export_lora(source, load_adapter(adapter), out, max_rank, facts)
+    return export_lora(source, adapter, out, max_rank, facts)

@@ -7,6 +7,7 @@ hash, shapes, options) stands under `rankline`.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +28,11 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def save_adapter(
-    directory: Path, adapters: Mapping[str, Adapter], config: AdapterConfig, base: Mapping[str, Any]
+    directory: Path,
+    adapters: Mapping[str, Adapter],
+    config: AdapterConfig,
+    base: Mapping[str, Any],
+    saved: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Write `adapters` (module -> adapter) as a PEFT directory with deterministic bytes.
 
@@ -36,9 +41,10 @@ def save_adapter(
         adapters: The trained layers, all of one family.
         config: Alpha, scaling rule, dropout and options.
         base: What the adapter was trained over (hashes); goes under `rankline` in the config, which PEFT ignores.
+        saved: Modules trained whole beside the adapter: module -> name -> tensor.
 
     Raises:
-        AdapterError: a factor holds NaN or infinity.
+        AdapterError: a tensor holds NaN or infinity.
     """
     from safetensors.torch import save_file
 
@@ -50,10 +56,17 @@ def save_adapter(
         named = adapter.tensors()
         check_finite(module, named)
         tensors |= {f"{_PREFIX}{module}.{name}": tensor for name, tensor in named.items()}
+    for module, whole in (saved or {}).items():
+        check_finite(module, whole)
+        tensors |= {f"{_PREFIX}{module}.{name}": tensor for name, tensor in whole.items()}
     directory.mkdir(parents=True, exist_ok=True)
     stored = {name: (t.float() if t.is_floating_point() else t).contiguous().cpu() for name, t in tensors.items()}
     save_file(stored, directory / WEIGHTS, metadata={"format": "pt"})
-    text = json.dumps(_peft_config(adapters, config, base), indent=2, sort_keys=True)
+    written = _peft_config(adapters, config, base)
+    if saved:
+        # Whole names: PEFT compares them with the ends of its own.
+        written["modules_to_save"] = sorted(saved)
+    text = json.dumps(written, indent=2, sort_keys=True)
     (directory / CONFIG).write_text(text + "\n")
 
 
@@ -125,18 +138,13 @@ def load_adapter(directory: Path, base: Mapping[str, Any] | None = None) -> dict
     Raises:
         AdapterError: damaged files, missing tensors, wrong shapes, values that are not finite, or another base.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     config = read_config(directory)
     check_base(directory, config, base or {})
     family = family_of(config)
     assert family is not None
-    try:
-        tensors = load_file(directory / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(f"load adapter {directory}: {WEIGHTS} is missing or damaged ({error}).") from error
-    layers, shared = _by_module(tensors, family.prefix)
+    tensors = _read_tensors(directory)
+    whole = {f"{_PREFIX}{module}.{name}" for module, named in _whole(tensors, config).items() for name in named}
+    layers, shared = _by_module({key: t for key, t in tensors.items() if key not in whole}, family.prefix)
     for module, named in {**layers, "shared": shared}.items():
         try:
             check_finite(module, named)
@@ -150,6 +158,49 @@ def load_adapter(directory: Path, base: Mapping[str, Any] | None = None) -> dict
             f"load adapter {directory}: no {config['peft_type']} adapter ({error!r}); its first module holds "
             f"{lacking}. Save it again."
         ) from error
+
+
+def load_saved_modules(directory: Path) -> dict[str, dict[str, Tensor]]:
+    """The modules that were trained whole beside an adapter: module -> name -> tensor; mostly none.
+
+    Raises:
+        AdapterError: damaged files, none for a pattern of `modules_to_save`, or values that are not finite.
+    """
+    config = read_config(directory)
+    found = _whole(_read_tensors(directory), config)
+    for module, named in found.items():
+        try:
+            check_finite(module, named)
+        except AdapterError as error:
+            raise AdapterError(f"load adapter {directory}: {error}") from error
+    for pattern in config.get("modules_to_save") or ():
+        if not any(module.endswith(pattern) for module in found):
+            raise AdapterError(
+                f"load adapter {directory}: modules_to_save names {pattern!r}, but {WEIGHTS} has no tensor of it. Save "
+                "it again."
+            )
+    return found
+
+
+def _read_tensors(directory: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return dict(load_file(directory / WEIGHTS))
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"load adapter {directory}: {WEIGHTS} is missing or damaged ({error}).") from error
+
+
+def _whole(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """Tensors of modules that were trained whole, whose names end as PEFT's `modules_to_save` says."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for pattern in config.get("modules_to_save") or ():
+        for key, tensor in tensors.items():
+            named = re.match(rf"(.*?{re.escape(pattern)})\.(.+)$", key.removeprefix(_PREFIX))
+            if key.startswith(_PREFIX) and named:
+                found.setdefault(named[1], {})[named[2]] = tensor
+    return found
 
 
 def _by_module(tensors: Mapping[str, Tensor], prefix: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:

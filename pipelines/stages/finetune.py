@@ -126,6 +126,5 @@ def _has_gpu(use_ray: bool) -> bool:
 def _export_plain(source: ModelSource, trained: Path, directory: Path) -> dict[str, Any]:
     """What training changed, as a LoRA that stock PEFT applies to the original model."""
     from cluster.export import export_lora
-    from lowrank.adapters.peft_format import load_adapter
 
-    return export_lora(source, load_adapter(trained), directory, None, source.base_facts)
+    return export_lora(source, trained, directory, None, source.base_facts)
