@@ -6,7 +6,7 @@ Weights are assigned to a model made on the meta device, so that nothing is init
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -38,6 +38,8 @@ class ModelSource:
     adapter: AdapterConfig
     adapter_dir: Path | None = None
     base: Literal["nf4", "dense"] = "nf4"
+    base_facts: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Name and hashes of the base: what adapters trained over it record, and what those loaded onto it must match."""
 
 
 def compute_dtype(choice: str, device: str) -> torch.dtype:
@@ -134,19 +136,24 @@ def build_adapted(source: ModelSource, dtype: torch.dtype, adapters: Mapping[str
     The first name is active.
     """
     from lowrank.adapters.pairs import RESIDUAL
-    from lowrank.adapters.peft_format import load_adapter
+    from lowrank.adapters.peft_format import load_adapter, load_saved_modules
     from lowrank.inject import inject
+    from lowrank.saved_modules import add_saved, find_modules
 
     shards = ShardSet(source.shards)
     model = build_dense(shards, dtype, _nf4_layers(source) if source.base == "nf4" else None)
     named: dict[str, dict[str, Adapter]] = {}
     for name, path in adapters.items():
-        made = initial_adapters(source) if path is None else load_adapter(path)
+        made = initial_adapters(source) if path is None else load_adapter(path, source.base_facts)
         for module, adapter in made.items():
             named.setdefault(module, {})[name] = adapter
     if source.adapter.init in RESIDUAL:
         add_to_weights(model, shards, {m: -a.delta_weight() for m, a in initial_adapters(source).items()})
-    inject(model, named, next(iter(adapters)))
+    active = next(iter(adapters))
+    inject(model, named, active)
+    for name, path in adapters.items():
+        untrained = dict.fromkeys(find_modules(model, source.adapter.modules_to_save or ())) if path is None else {}
+        add_saved(model, name, untrained if path is None else load_saved_modules(path), active)
     return model.eval()
 
 

@@ -35,8 +35,6 @@ class TrainJob:
     """Ray Train's own directory; nothing in it is ever read again."""
     name: str
     """Name of the run, for messages and for Ray Train's directory."""
-    base_facts: dict[str, Any]
-    """Hashes of the base; go into adapter_config.json."""
     use_gpu: bool = False
     """One GPU per worker."""
 

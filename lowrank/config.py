@@ -119,6 +119,9 @@ class AdapterConfig:
     """α of single modules, likewise."""
     lora_dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input while training; 0 disables it."""
+    modules_to_save: list[str] | None = field(default=None, hash=False)
+    """Modules that are trained whole beside the adapter and saved with it (`lm_head`, `norm`, `embed_tokens`): regular
+    expressions of the end of a module's name; null is none. Quantized or adapted layers cannot be among them."""
     init: Literal["split", "kaiming", "gaussian", "orthogonal", "pissa", "milora", "olora"] = "split"
     """`split` starts from the L and R that quantize kept (A Kaiming, B = 0 where it fell back). `kaiming` and
     `gaussian` start at ΔW = 0. `pissa`, `milora` and `olora` take their pair out of a dense base. Families that are no

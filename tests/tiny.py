@@ -100,7 +100,13 @@ def make_tiny(
     weights = {spec.name: tensors[f"{spec.name}.weight"] for spec in architecture.linears}
     splits = _write_splits(root / "splits", weights, rank)
     config = adapter or AdapterConfig(lora_alpha=4.0)
-    return ModelSource(shards=shards, splits=splits, adapter=config, base=base)  # type: ignore[arg-type]
+    return ModelSource(
+        shards=shards,
+        splits=splits,
+        adapter=config,
+        base=base,  # type: ignore[arg-type]
+        base_facts={"name": "tiny", "base_sha256": f"{seed:064x}", "split_key": f"{seed:020x}", "base": base},
+    )
 
 
 def _write_shards(root: Path, config: Any, tensors: Mapping[str, Tensor], transposed: set[str]) -> Path:

@@ -50,7 +50,6 @@ def make_job(source: ModelSource, root: Path, **changes: Any) -> TrainJob:
         root=root / "stage",
         storage=root / "ray",
         name="tiny",
-        base_facts={"name": "tiny", "base_sha256": "0" * 64},
     )
 
 

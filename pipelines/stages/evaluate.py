@@ -50,13 +50,7 @@ def run(ctx: Context) -> Outcome:
     """Tokenise held-out rows, score every variant, then compare."""
     from cluster.data import label_set, prepare_tokens, refuse_duplicates
 
-    source = ModelSource(
-        shards=ctx.inputs["shard"],
-        splits=ctx.inputs["quantize"],
-        adapter=ctx.config.finetune.adapter,
-        base=ctx.config.finetune.base,
-        adapter_dir=ctx.inputs["finetune"] / "units" / "adapter",
-    )
+    source = ctx.model_source(ctx.inputs["finetune"] / "units" / "adapter")
     data = ctx.config.data
     meta = ctx.inputs["shard"] / "units" / "meta"
     write_tokens = partial(prepare_tokens, data.heldout, meta, data, use_ray=ctx.use_ray)
