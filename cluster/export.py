@@ -37,13 +37,11 @@ def export_lora(
         AdapterError: the family is merge-only, or has no small exact LoRA and `max_rank` is not given.
     """
     from lowrank.adapters.export import as_lora
-    from lowrank.adapters.pairs import OUT_OF_WEIGHT
     from lowrank.adapters.peft_format import load_adapter, load_saved_modules, save_adapter
     from lowrank.config import AdapterConfig
 
     trained = load_adapter(adapter_dir, source.base_facts)
-    taken_out = source.adapter.init in OUT_OF_WEIGHT and any(adapter.takes_split for adapter in trained.values())
-    made = as_lora(trained, initial_adapters(source) if taken_out else None, max_rank)
+    made = as_lora(trained, _taken_out_of_weights(source, trained), max_rank)
     flipped = any(spec.transposed for spec in ShardSet(source.shards).architecture.linears)
     plain = AdapterConfig(method="lora", r=made.rank, lora_alpha=float(made.rank), init="kaiming")
     told = {**facts, "base": "dense", "fan_in_fan_out": flipped}
@@ -55,6 +53,20 @@ def export_lora(
         "retained_energy_min": min(energies),
         "retained_energy_mean": sum(energies) / len(energies),
     }
+
+
+def _taken_out_of_weights(source: ModelSource, trained: Mapping[str, Adapter]) -> dict[str, Adapter]:
+    """The layers whose ΔW before training was part of the original weight, before training."""
+    from lowrank.adapters.pairs import RESIDUAL
+
+    if not any(adapter.takes_split for adapter in trained.values()):
+        return {}
+    if source.adapter.init in RESIDUAL:
+        return initial_adapters(source)
+    if source.adapter.init != "split" or source.base != "nf4":
+        return {}
+    parts = {module for module, split in SplitSet(source.splits).items() if split.part is not None}
+    return {module: adapter for module, adapter in initial_adapters(source).items() if module in parts} if parts else {}
 
 
 def export_merged(source: ModelSource, adapter_dir: Path, out: Path, onto: Onto) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def _materialise_buffers(model: PreTrainedModel) -> None:
 def build_variant(source: ModelSource, variant: Variant, dtype: torch.dtype) -> PreTrainedModel:
     """One of the four models that `evaluate` compares; `adapter` also serves `nf4_init` under the name `init`.
 
-    dense: W. nf4: NF4(W). nf4_init: Q + L·R, the split before training. adapter: Q + s·B·A. Q is 0 where the factors
+    dense: W. nf4: NF4(W). nf4_init: Q + S, the split before training. adapter: Q + ΔW. Q is 0 where the factors
     replace W.
     """
     shards = ShardSet(source.shards)
@@ -209,9 +209,8 @@ def initial_adapters(source: ModelSource) -> dict[str, Adapter]:
     shards, use_split = ShardSet(source.shards), source.adapter.init == "split" and source.base == "nf4"
     layers = []
     for index, (module, split) in enumerate(SplitSet(source.splits).items()):
-        pair = (split.left, split.right) if split.left is not None and split.right is not None else None
         weight = partial(_base_weight, shards, split, source.base)
-        layers.append(Layer(module, split.shape, index, weight, pair if use_split else None))
+        layers.append(Layer(module, split.shape, index, weight, split.part if use_split else None))
     return registry.initial_adapters(layers, source.adapter)
 
 

@@ -225,8 +225,15 @@ ADAPTER_OPTIONS: dict[str, type[Any]] = {
     "kradapter": KRAdapterOptions,
 }
 
-#: Families that can start from the L and R that `quantize` took out of W.
-TAKES_SPLIT = frozenset({"lora", "dora", "dylora", "lora_fa"})
+#: Forms of the part that `quantize` took out of W from which a family can start: `low_rank` is the pair L, R, the
+#: others are decompositions whose product is kept.
+TAKES_SPLIT: dict[str, frozenset[str]] = {
+    **dict.fromkeys(("lora", "dora", "dylora", "lora_fa"), frozenset({"low_rank"})),
+    **dict.fromkeys(("loha", "abba"), frozenset({"hadamard"})),
+    **dict.fromkeys(("lokr", "krona"), frozenset({"kronecker"})),
+    "lokh": frozenset({"khatri_rao_low_rank", "khatri_rao"}),
+    "kradapter": frozenset({"khatri_rao"}),
+}
 
 
 def options_of(method: str, given: dict[str, Any]) -> Any:

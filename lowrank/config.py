@@ -68,6 +68,9 @@ class QuantizeConfig:
     """`nf4` quantizes W; `qpissa` quantizes the residual W − LR of the decomposition and keeps L and R. The others fit
     L and R to what quantizing leaves, and in turn: `loftq` from NF4(W), `lq_lora` from the decomposition; `lplr` holds
     L and R in 4 bits too. The best round is kept, and plain NF4 where none is better."""
+    part: Literal["low_rank", "structured"] = "low_rank"
+    """`low_rank` keeps the decomposition as a pair L, R, for `lora` and its kin. `structured` keeps a Hadamard,
+    Kronecker or Khatri-Rao product as it is, for the adapter family of that form."""
     block_size: Literal[64, 128, 256, 512, 1024, 2048, 4096] = 64
     """Weights that share one absmax."""
     double_quant: bool = True
