@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from lowrank.adapters.base import Adapter
+
 Onto = Literal["trained", "original"]
 
 
