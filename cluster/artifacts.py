@@ -143,8 +143,8 @@ def save_split(directory: Path, split: SplitWeight) -> None:
     if split.packed_factors is not None:
         for name, factor in zip(_PACKED_FACTORS, split.packed_factors, strict=True):
             tensors |= factor.to_tensors(name)
-    elif split.left is not None and split.right is not None:
-        tensors |= {"left": split.left.contiguous(), "right": split.right.contiguous()}
+    elif split.part is not None:
+        tensors |= {name: factor.contiguous() for name, factor in split.part.tensors().items()}
     save_file(tensors, directory / "split.safetensors")
     record = {
         "name": split.name,
@@ -153,33 +153,39 @@ def save_split(directory: Path, split: SplitWeight) -> None:
         "quantization_error": split.quantization_error,
         "plain_error": split.plain_error,
         "fallback": split.fallback,
+        "part": None if split.part is None else split.part.kind,
         "packed_factors": split.packed_factors and [factor.meta() for factor in split.packed_factors],
     }
     (directory / "split.json").write_text(json.dumps(record, sort_keys=True))
 
 
 def load_split(directory: Path) -> SplitWeight:
-    """Read what `save_split` wrote."""
+    """Read what `save_split` wrote, now or before it kept other forms than L R."""
     from safetensors.torch import load_file
 
+    from lowrank.factors import LowRankFactors, StructuredFactors
     from lowrank.quantization.nf4 import NF4Tensor
     from lowrank.quantization.residual import SplitWeight
 
     record = json.loads((directory / "split.json").read_text())
     tensors = load_file(directory / "split.safetensors")
-    left, right, packed = tensors.get("left"), tensors.get("right"), None
+    # Tensors of NF4 are named residual.packed and the like, those of factors have no point.
+    factors = {name: tensor for name, tensor in tensors.items() if "." not in name}
+    part: StructuredFactors | None = None
+    packed = None
+    if factors:
+        part = StructuredFactors.FORMS[record.get("part", LowRankFactors.kind)].from_tensors(factors)
     if record.get("packed_factors"):
         first, second = (
             NF4Tensor.from_tensors(tensors, name, meta)
             for name, meta in zip(_PACKED_FACTORS, record["packed_factors"], strict=True)
         )
-        left, right, packed = first.dequantize().T.contiguous(), second.dequantize(), (first, second)
+        part, packed = LowRankFactors(first.dequantize().T.contiguous(), second.dequantize()), (first, second)
     return SplitWeight(
         name=record["name"],
         shape=(record["shape"][0], record["shape"][1]),
         residual=record["residual"] and NF4Tensor.from_tensors(tensors, "residual", record["residual"]),
-        left=left,
-        right=right,
+        part=part,
         quantization_error=record["quantization_error"],
         plain_error=record["plain_error"],
         fallback=record["fallback"],

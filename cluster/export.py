@@ -11,6 +11,7 @@ from cluster.model import ModelSource, add_to_weights, build_dense, initial_adap
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel
 
     from lowrank.adapters.base import Adapter
 
@@ -18,13 +19,15 @@ Onto = Literal["trained", "original"]
 
 
 def export_lora(
-    source: ModelSource, trained: Mapping[str, Adapter], out: Path, max_rank: int | None, facts: dict[str, Any]
+    source: ModelSource, adapter_dir: Path, out: Path, max_rank: int | None, facts: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Write trained adapters of any family as LoRA over the original model, in PEFT's format.
 
+    Modules that were trained whole go with it as they are.
+
     Args:
         source: shards, splits and configuration of the run.
-        trained: module -> adapter.
+        adapter_dir: the trained adapter, in PEFT's format.
         out: directory to write.
         max_rank: largest rank, >= 1; larger changes are cut. None exports exactly.
         facts: goes under `rankline` in the configuration.
@@ -36,15 +39,15 @@ def export_lora(
         AdapterError: the family is merge-only, or has no small exact LoRA and `max_rank` is not given.
     """
     from lowrank.adapters.export import as_lora
-    from lowrank.adapters.pairs import OUT_OF_WEIGHT
-    from lowrank.adapters.peft_format import save_adapter
+    from lowrank.adapters.peft_format import load_adapter, load_saved_modules, save_adapter
     from lowrank.config import AdapterConfig
 
-    taken_out = source.adapter.init in OUT_OF_WEIGHT and any(adapter.takes_split for adapter in trained.values())
-    made = as_lora(trained, initial_adapters(source) if taken_out else None, max_rank)
+    trained = load_adapter(adapter_dir, source.base_facts)
+    made = as_lora(trained, _taken_out_of_weights(source, trained), max_rank)
     flipped = any(spec.transposed for spec in ShardSet(source.shards).architecture.linears)
     plain = AdapterConfig(method="lora", r=made.rank, lora_alpha=float(made.rank), init="kaiming")
-    save_adapter(out, made.layers, plain, facts | {"base": "dense", "fan_in_fan_out": flipped})
+    told = {**facts, "base": "dense", "fan_in_fan_out": flipped}
+    save_adapter(out, made.layers, plain, told, load_saved_modules(adapter_dir))
     energies = list(made.retained_energy.values())
     return {
         "num_layers": len(made.layers),
@@ -52,6 +55,20 @@ def export_lora(
         "retained_energy_min": min(energies),
         "retained_energy_mean": sum(energies) / len(energies),
     }
+
+
+def _taken_out_of_weights(source: ModelSource, trained: Mapping[str, Adapter]) -> dict[str, Adapter]:
+    """The layers whose ΔW before training was part of the original weight, before training."""
+    from lowrank.adapters.pairs import RESIDUAL
+
+    if not any(adapter.takes_split for adapter in trained.values()):
+        return {}
+    if source.adapter.init in RESIDUAL:
+        return initial_adapters(source)
+    if source.adapter.init != "split" or source.base != "nf4":
+        return {}
+    parts = {module for module, split in SplitSet(source.splits).items() if split.part is not None}
+    return {module: adapter for module, adapter in initial_adapters(source).items() if module in parts} if parts else {}
 
 
 def export_merged(source: ModelSource, adapter_dir: Path, out: Path, onto: Onto) -> dict[str, Any]:
@@ -82,6 +99,7 @@ def export_merged(source: ModelSource, adapter_dir: Path, out: Path, onto: Onto)
         moved.append(_relative(new - weight, weight))
         requantized.append(_relative(_nf4(new) - new, new))
     add_to_weights(model, shards, changes)
+    _put_saved(model, adapter_dir)
     model.save_pretrained(out)
     load_tokenizer(source.shards).save_pretrained(out)
     return {
@@ -91,11 +109,27 @@ def export_merged(source: ModelSource, adapter_dir: Path, out: Path, onto: Onto)
     }
 
 
+def _put_saved(model: PreTrainedModel, adapter_dir: Path) -> None:
+    """Put in the modules that were trained whole; an output head that was tied to the embedding no longer is."""
+    import torch
+
+    from lowrank.adapters.peft_format import load_saved_modules
+
+    for module, named in load_saved_modules(adapter_dir).items():
+        layer = model.get_submodule(module)
+        for name, tensor in named.items():
+            parent, _, leaf = name.rpartition(".")
+            layer.get_submodule(parent)._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if model.config.tie_word_embeddings and head is not None and head.weight is not embedding.weight:
+        model.config.tie_word_embeddings = False
+
+
 def _merged(source: ModelSource, adapter_dir: Path, onto: Onto) -> Any:
     """(module, split, W) -> the merged weight (m, n) in fp32."""
     from lowrank.adapters.peft_format import load_adapter
 
-    trained = load_adapter(adapter_dir)
+    trained = load_adapter(adapter_dir, source.base_facts)
     initial = initial_adapters(source) if onto == "original" else {}
 
     def weight_of(module: str, split: Any, weight: Tensor) -> Tensor:

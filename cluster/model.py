@@ -6,7 +6,7 @@ Weights are assigned to a model made on the meta device, so that nothing is init
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -38,6 +38,8 @@ class ModelSource:
     adapter: AdapterConfig
     adapter_dir: Path | None = None
     base: Literal["nf4", "dense"] = "nf4"
+    base_facts: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Name and hashes of the base: what adapters trained over it record, and what those loaded onto it must match."""
 
 
 def compute_dtype(choice: str, device: str) -> torch.dtype:
@@ -117,7 +119,7 @@ def _materialise_buffers(model: PreTrainedModel) -> None:
 def build_variant(source: ModelSource, variant: Variant, dtype: torch.dtype) -> PreTrainedModel:
     """One of the four models that `evaluate` compares; `adapter` also serves `nf4_init` under the name `init`.
 
-    dense: W. nf4: NF4(W). nf4_init: Q + L·R, the split before training. adapter: Q + s·B·A. Q is 0 where the factors
+    dense: W. nf4: NF4(W). nf4_init: Q + S, the split before training. adapter: Q + ΔW. Q is 0 where the factors
     replace W.
     """
     shards = ShardSet(source.shards)
@@ -134,19 +136,24 @@ def build_adapted(source: ModelSource, dtype: torch.dtype, adapters: Mapping[str
     The first name is active.
     """
     from lowrank.adapters.pairs import RESIDUAL
-    from lowrank.adapters.peft_format import load_adapter
+    from lowrank.adapters.peft_format import load_adapter, load_saved_modules
     from lowrank.inject import inject
+    from lowrank.saved_modules import add_saved, find_modules
 
     shards = ShardSet(source.shards)
     model = build_dense(shards, dtype, _nf4_layers(source) if source.base == "nf4" else None)
     named: dict[str, dict[str, Adapter]] = {}
     for name, path in adapters.items():
-        made = initial_adapters(source) if path is None else load_adapter(path)
+        made = initial_adapters(source) if path is None else load_adapter(path, source.base_facts)
         for module, adapter in made.items():
             named.setdefault(module, {})[name] = adapter
     if source.adapter.init in RESIDUAL:
         add_to_weights(model, shards, {m: -a.delta_weight() for m, a in initial_adapters(source).items()})
-    inject(model, named, next(iter(adapters)))
+    active = next(iter(adapters))
+    inject(model, named, active)
+    for name, path in adapters.items():
+        untrained = dict.fromkeys(find_modules(model, source.adapter.modules_to_save or ())) if path is None else {}
+        add_saved(model, name, untrained if path is None else load_saved_modules(path), active)
     return model.eval()
 
 
@@ -202,9 +209,8 @@ def initial_adapters(source: ModelSource) -> dict[str, Adapter]:
     shards, use_split = ShardSet(source.shards), source.adapter.init == "split" and source.base == "nf4"
     layers = []
     for index, (module, split) in enumerate(SplitSet(source.splits).items()):
-        pair = (split.left, split.right) if split.left is not None and split.right is not None else None
         weight = partial(_base_weight, shards, split, source.base)
-        layers.append(Layer(module, split.shape, index, weight, pair if use_split else None))
+        layers.append(Layer(module, split.shape, index, weight, split.part if use_split else None))
     return registry.initial_adapters(layers, source.adapter)
 
 

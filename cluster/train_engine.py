@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from cluster.config import FinetuneConfig
-    from cluster.train_job import TrainJob
+    from cluster.train_job import Place, TrainJob
     from lowrank.optimizers.base import Optimizer
 
 
@@ -133,13 +134,13 @@ class Built:
 
 
 def build_engine(
-    job: TrainJob, world: int, total_steps: int, state: Mapping[str, Tensor] | None = None, step: int = 0
+    job: TrainJob, place: Place, total_steps: int, state: Mapping[str, Tensor] | None = None, step: int = 0
 ) -> Built:
     """Load the base and the adapter and hand them to DeepSpeed.
 
     Args:
         job: Base, adapter, configuration.
-        world: Ranks.
+        place: This rank among the others.
         total_steps: Optimizer steps of the whole training.
         state: Tensors of the checkpoint to go on from; None starts anew.
         step: Optimizer steps behind that checkpoint.
@@ -152,7 +153,7 @@ def build_engine(
     config = job.config
     device = "cuda" if job.use_gpu else "cpu"
     if not job.use_gpu:
-        torch.set_num_threads(config.threads_per_worker)
+        torch.set_num_threads(config.threads_per_worker or max(1, num_cores() // place.local_world))
     dtype = compute_dtype(config.compute_dtype, device)
     model = build_adapted(job.source, dtype, {"adapter": None})
     parameters = trained_parameters(model)
@@ -172,7 +173,7 @@ def build_engine(
     settings = deepspeed_config(
         config,
         stage=stage,
-        world=world,
+        world=place.world,
         dtype=name,
         plain=optimizer.plain,
         clips=whole is None,
@@ -187,16 +188,24 @@ def build_engine(
     return Built(engine, model, parameters, stage, name, device, optimizer, whole)
 
 
+def num_cores() -> int:
+    """Physical cores that this process may run on; Ray's OMP_NUM_THREADS says nothing about them."""
+    import psutil
+
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(allowed, psutil.cpu_count(logical=False) or allowed)
+
+
 def _whole_gradients(
     config: FinetuneConfig, optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], total_steps: int
 ) -> WholeGradients | None:
     """What the optimizer and the family want of whole gradients; None where nobody wants any."""
-    from lowrank.optimizers.pairs import PairRule
+    from lowrank.optimizers.registry import rule_of
 
     hooks = hooks_of(config.adapter, total_steps)
     rules: list[GradientRule] = [] if hooks.rule is None else [hooks.rule]
-    if optimizer.redirects:
-        rules.append(PairRule(optimizer, parameters))
+    if (rule := rule_of(optimizer, parameters)) is not None:
+        rules.append(rule)
     if not rules and hooks.observer is None:
         return None
     return WholeGradients(parameters, rules, hooks.observer, config.max_grad_norm)

@@ -11,9 +11,11 @@ from cluster.durable import write_json
 from cluster.errors import TrainError
 from cluster.tokens import TokenTable
 from cluster.train_job import ADAPTER_UNIT, OUTCOME_FILE, TrainJob, checkpoint_unit
-from cluster.training_state import Progress, adapters_of, load_tensors, trained_tensors
+from cluster.training_state import Progress, adapters_of, load_tensors, saved_of, trained_tensors
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lowrank.adapters.base import Adapter
 
 #: Relative difference of the probe's loss that saving and loading may cost.
@@ -34,18 +36,34 @@ def commit_adapter(job: TrainJob, outcome: dict[str, Any], probe: MicroBatch) ->
     write_json(job.root / OUTCOME_FILE, {**outcome, "kept_step": step})
 
     def write(directory: Path) -> dict[str, Any]:
-        trained = adapters_of(load_tensors(job.store, step), job.source)
-        save_adapter(directory, trained, job.source.adapter, job.base_facts)
+        tensors = load_tensors(job.store, step)
+        trained, saved = adapters_of(tensors, job.source), saved_of(tensors)
+        save_adapter(directory, trained, job.source.adapter, job.source.base_facts, saved)
+        _check_saved(job, directory, saved)
         loss = _check(job, directory, trained, kept, outcome["dtype"], probe)
         return {
             "global_step": kept.step,
             "epoch": kept.epoch,
             "probe_loss": kept.probe_loss,
             "reloaded_probe_loss": loss,
-            "num_parameters": sum(t.numel() for t in trained_tensors(trained).values()),
+            "num_parameters": sum(t.numel() for t in trained_tensors(trained).values())
+            + sum(t.numel() for named in saved.values() for t in named.values()),
         }
 
     job.store.commit(ADAPTER_UNIT, write)
+
+
+def _check_saved(job: TrainJob, directory: Path, saved: dict[str, dict[str, Tensor]]) -> None:
+    """The modules that were trained whole, bit for bit."""
+    import torch
+
+    from lowrank.adapters.peft_format import load_saved_modules
+
+    loaded = load_saved_modules(directory)
+    for module, named in saved.items():
+        for name, tensor in named.items():
+            if not torch.equal(loaded[module][name], tensor):
+                raise _refusal(job, f"{module}.{name} is another tensor after loading")
 
 
 def _check(

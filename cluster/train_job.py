@@ -35,8 +35,6 @@ class TrainJob:
     """Ray Train's own directory; nothing in it is ever read again."""
     name: str
     """Name of the run, for messages and for Ray Train's directory."""
-    base_facts: dict[str, Any]
-    """Hashes of the base; go into adapter_config.json."""
     use_gpu: bool = False
     """One GPU per worker."""
 
@@ -88,6 +86,8 @@ class Place:
     """Directory of this launch on shared storage: errors that no retry can cure, and the driver's wish to stop."""
     report: Callable[[dict[str, Any]], None]
     """Called by every rank at checkpoints."""
+    local_world: int = 1
+    """Workers on this node."""
     report_every_s: float = 0.0
     """A checkpoint that follows the last report sooner is not reported: Ray Train takes in one report every 2 s, and
     `report` blocks until the one before was taken."""

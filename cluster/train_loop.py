@@ -65,7 +65,7 @@ class _Trainer:
         self.log = MetricLog(job.root) if place.rank == 0 else None
         self.progress = self._newest()
         state = load_tensors(job.store, self.progress.step) if self.progress.step else None
-        self.built = build_engine(job, place.world, self.plan.total_steps, state, self.progress.step)
+        self.built = build_engine(job, place, self.plan.total_steps, state, self.progress.step)
 
     def _newest(self) -> Progress:
         """Where to go on, as rank 0 found it: it alone may discard a damaged checkpoint."""

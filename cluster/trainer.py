@@ -143,7 +143,7 @@ def _worker(arguments: dict[str, Any]) -> None:
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    place = Place(rank, world, directory, ray.train.report, report_every_s=2 * _RAY_POLL_S)
+    place = Place(rank, world, directory, ray.train.report, context.get_local_world_size(), 2 * _RAY_POLL_S)
     try:
         run_worker(job, place)
     except Exception as error:

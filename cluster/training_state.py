@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 #: What every plain optimizer keeps of a parameter. Moments of pairs are whole on every rank, outside of ZeRO.
 MOMENTS: dict[str, tuple[str, ...]] = {"AdamW": ("exp_avg", "exp_avg_sq"), "SGD": ()}
 STATE_FILE = "state.safetensors"
+#: What the name of a parameter starts with that belongs to a module of `modules_to_save`.
+_SAVED = "saved."
 #: Older checkpoints kept beside the best one; the last may turn out damaged.
 _KEEP = 2
 
@@ -59,8 +61,28 @@ def active_adapters(model: nn.Module) -> dict[str, Any]:
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that train, as `module:name` (`lora_a`); what layers share once, under its first module."""
-    return trained_tensors(active_adapters(model))
+    """The parameters that train, as `module:name` (`lora_a`); what layers share once, under its first module.
+
+    Those of modules that are trained whole are `module:saved.name`.
+    """
+    from lowrank.inject import saved_modules
+
+    found = trained_tensors(active_adapters(model))
+    for module, whole in saved_modules(model):
+        own = whole.active_copy
+        for name, parameter in () if own is None else own.named_parameters():
+            found[f"{module}:{_SAVED}{name}"] = parameter
+    return found
+
+
+def saved_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The modules that are trained whole, out of a checkpoint's tensors: module -> name -> tensor."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        module, _, name = key.partition(":")
+        if name.startswith(_SAVED) and ":" not in name:
+            found.setdefault(module, {})[name.removeprefix(_SAVED)] = tensor
+    return found
 
 
 def trained_tensors(adapters: Mapping[str, Any]) -> dict[str, nn.Parameter]:

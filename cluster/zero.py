@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from cluster.errors import TrainError
-from lowrank.optimizer_options import pair_problem
+from lowrank.optimizer_options import optimizer_problem
 
 if TYPE_CHECKING:
     from cluster.config import FinetuneConfig
@@ -23,10 +23,11 @@ _BUCKET, _LEAST_BUCKET = 50_000_000, 2**18
 #: Buckets that the gradient is reduced in. Every rank holds one of them beside its partition.
 _BUCKETS = 8
 
-#: fp32 numbers per trained one that every rank holds whole at a step: gradient, direction, value, own moments.
-_WHOLE = {"adamw": 0, "lora_plus": 0, "riemannian": 3, "reflora": 3, "altlora": 5, "lora_rite": 5}
+#: fp32 numbers per trained one that every rank holds whole at a step: gradient, direction, value, own moments (those of
+#: GaLore at a rank of a quarter of the smaller side: 2/4, and its projectors 1/4).
+_WHOLE = {"adamw": 0, "lora_plus": 0, "riemannian": 3, "reflora": 3, "altlora": 5, "lora_rite": 5, "galore": 4}
 #: Optimizers whose moments are among them, and not AdamW's.
-_OWN_MOMENTS = ("altlora", "lora_rite")
+_OWN_MOMENTS = ("altlora", "lora_rite", "galore")
 
 #: Keys that the training loop owns: another value would break the loss, the resume or the batches.
 _OWNED = {
@@ -64,12 +65,12 @@ def zero_stage(config: FinetuneConfig, base: Base, has_gpu: bool) -> int:
 
 
 def check_optimizer(config: FinetuneConfig) -> None:
-    """Refuse an optimizer of pairs A, B for an adapter that is none.
+    """Refuse an optimizer of pairs A, B for an adapter that is none, and GaLore where it has nothing to project.
 
     Raises:
         TrainError: naming both, and what is allowed.
     """
-    problem = pair_problem(config.optimizer, config.adapter.method)
+    problem = optimizer_problem(config.optimizer, config.optimizer_options, config.adapter)
     if problem is not None:
         raise TrainError(f"plan finetune: finetune.optimizer {problem}")
 

@@ -7,6 +7,7 @@ family's name to its class.
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from lowrank.config import AdapterConfig
 from lowrank.options import STRICT, NoOptions, at_least
 
 
@@ -223,10 +224,18 @@ ADAPTER_OPTIONS: dict[str, type[Any]] = {
     "krona": KronAOptions,
     "lokh": LoKHOptions,
     "kradapter": KRAdapterOptions,
+    "full": NoOptions,
 }
 
-#: Families that can start from the L and R that `quantize` took out of W.
-TAKES_SPLIT = frozenset({"lora", "dora", "dylora", "lora_fa"})
+#: Forms of the part that `quantize` took out of W from which a family can start: `low_rank` is the pair L, R, the
+#: others are decompositions whose product is kept.
+TAKES_SPLIT: dict[str, frozenset[str]] = {
+    **dict.fromkeys(("lora", "dora", "dylora", "lora_fa"), frozenset({"low_rank"})),
+    **dict.fromkeys(("loha", "abba"), frozenset({"hadamard"})),
+    **dict.fromkeys(("lokr", "krona"), frozenset({"kronecker"})),
+    "lokh": frozenset({"khatri_rao_low_rank", "khatri_rao"}),
+    "kradapter": frozenset({"khatri_rao"}),
+}
 
 
 def options_of(method: str, given: dict[str, Any]) -> Any:
@@ -237,3 +246,18 @@ def options_of(method: str, given: dict[str, Any]) -> Any:
         ValueError: a value out of range.
     """
     return ADAPTER_OPTIONS[method](**given)
+
+
+def full_problem(config: AdapterConfig) -> str | None:
+    """The first field of `config` that a dense ΔW has no use for, and why; None where there is none.
+
+    Example:
+        >>> full_problem(AdapterConfig(method="full")) is None
+        True
+        >>> full_problem(AdapterConfig(method="full", r=8))
+        "r: 8 with method 'full', whose dense ΔW has no rank and no scaling. Leave it out."
+    """
+    for name, unset in (("r", None), ("rank_pattern", {}), ("alpha_pattern", {}), ("use_rslora", False)):
+        if (value := getattr(config, name)) != unset:
+            return f"{name}: {value} with method 'full', whose dense ΔW has no rank and no scaling. Leave it out."
+    return None

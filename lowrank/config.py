@@ -68,6 +68,9 @@ class QuantizeConfig:
     """`nf4` quantizes W; `qpissa` quantizes the residual W − LR of the decomposition and keeps L and R. The others fit
     L and R to what quantizing leaves, and in turn: `loftq` from NF4(W), `lq_lora` from the decomposition; `lplr` holds
     L and R in 4 bits too. The best round is kept, and plain NF4 where none is better."""
+    part: Literal["low_rank", "structured"] = "low_rank"
+    """`low_rank` keeps the decomposition as a pair L, R, for `lora` and its kin. `structured` keeps a Hadamard,
+    Kronecker or Khatri-Rao product as it is, for the adapter family of that form."""
     block_size: Literal[64, 128, 256, 512, 1024, 2048, 4096] = 64
     """Weights that share one absmax."""
     double_quant: bool = True
@@ -102,6 +105,7 @@ class AdapterConfig:
         "krona",
         "lokh",
         "kradapter",
+        "full",
     ] = "lora"
     """Adapter family; `rankline methods` lists them."""
     target_modules: list[str] | None = field(default=None, hash=False)
@@ -119,6 +123,9 @@ class AdapterConfig:
     """α of single modules, likewise."""
     lora_dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input while training; 0 disables it."""
+    modules_to_save: list[str] | None = field(default=None, hash=False)
+    """Modules that are trained whole beside the adapter and saved with it (`lm_head`, `norm`, `embed_tokens`): regular
+    expressions of the end of a module's name; null is none. Quantized or adapted layers cannot be among them."""
     init: Literal["split", "kaiming", "gaussian", "orthogonal", "pissa", "milora", "olora"] = "split"
     """`split` starts from the L and R that quantize kept (A Kaiming, B = 0 where it fell back). `kaiming` and
     `gaussian` start at ΔW = 0. `pissa`, `milora` and `olora` take their pair out of a dense base. Families that are no

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -50,6 +51,27 @@ class AdaptedLinear(nn.Module):
             self.base.weight, self._kept = nn.Parameter(self._kept, requires_grad=False), None
 
 
+class SavedModule(nn.Module):
+    """A frozen module and its trained copies by adapter; the active adapter's copy answers, else the module itself."""
+
+    def __init__(self, base: nn.Module, active: str | None) -> None:
+        """Args: base: the frozen module. active: the adapter that speaks first."""
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.copies = nn.ModuleDict()
+        self.active = active
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the active adapter's copy answers."""
+        own = self.active_copy
+        return (self.base if own is None else own)(*args, **kwargs)
+
+    @property
+    def active_copy(self) -> nn.Module | None:
+        """The trained copy of the active adapter, if it has one."""
+        return None if self.active is None or self.active not in self.copies else self.copies[self.active]
+
+
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Set the submodule at dotted path `name`."""
     parent, _, leaf = name.rpartition(".")
@@ -60,7 +82,7 @@ def inject(model: nn.Module, adapters: Mapping[str, Mapping[str, Adapter]], acti
     """Wrap the layer `name` of every `adapters[name][adapter_name]`; every other parameter is frozen.
 
     Raises:
-        AdapterError: a target does not exist in the model.
+        AdapterError: a target does not exist in the model, or has another shape.
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -69,12 +91,36 @@ def inject(model: nn.Module, adapters: Mapping[str, Mapping[str, Adapter]], acti
             base = model.get_submodule(name)
         except AttributeError as error:
             raise AdapterError(f"inject adapter: the model has no module {name!r}. Check target_modules.") from error
+        _check_shapes(name, base, named)
         replace_module(model, name, AdaptedLinear(base, named, active))
+
+
+def _check_shapes(name: str, base: nn.Module, adapters: Mapping[str, Adapter]) -> None:
+    shape = getattr(base, "out_features", None), getattr(base, "in_features", None)
+    if None in shape:  # GPT-2's Conv1D, which stores the transpose
+        weight = base.get_parameter("weight")
+        shape = weight.shape[1], weight.shape[0]
+    for adapter_name, adapter in adapters.items():
+        if tuple(adapter.shape) != shape:
+            raise AdapterError(
+                f"inject adapter {adapter_name!r}: it is for a {adapter.shape[0]}x{adapter.shape[1]} layer, {name} is "
+                f"{shape[0]}x{shape[1]}. Load it onto the model that it was trained for."
+            )
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
     """(name, layer) of every adapted layer, in the model's order."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, AdaptedLinear))
+
+
+def saved_modules(model: nn.Module) -> Iterator[tuple[str, SavedModule]]:
+    """(name, module) of every module that has trained copies, in the model's order."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, SavedModule))
+
+
+def speakers(model: nn.Module) -> list[AdaptedLinear | SavedModule]:
+    """Everything whose `active` says which adapter answers."""
+    return [module for module in model.modules() if isinstance(module, AdaptedLinear | SavedModule)]
 
 
 def set_active(model: nn.Module, adapter: str | None) -> None:
@@ -89,3 +135,5 @@ def set_active(model: nn.Module, adapter: str | None) -> None:
                 f"activate adapter {adapter!r}: layer {name} has {sorted(layer.adapters)}. Load the adapter first."
             )
         layer.active = adapter
+    for _, module in saved_modules(model):
+        module.active = adapter

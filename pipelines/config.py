@@ -18,12 +18,13 @@ from annotated_types import Ge
 from pydantic import TypeAdapter, ValidationError
 
 from cluster.config import ClusterConfig, DataConfig, EvaluateConfig, FinetuneConfig, ServeConfig
-from lowrank.adapter_options import ADAPTER_OPTIONS, TAKES_SPLIT
+from lowrank.adapter_options import ADAPTER_OPTIONS, TAKES_SPLIT, full_problem
 from lowrank.config import EXECUTION, STRICT, DecomposeConfig, QuantizeConfig
-from lowrank.optimizer_options import OPTIMIZER_OPTIONS, pair_problem
+from lowrank.optimizer_options import OPTIMIZER_OPTIONS, optimizer_problem
 from lowrank.options import BUDGETED, METHOD_OPTIONS, RULES
 from lowrank.quantize_options import QUANTIZE_OPTIONS
 from pipelines.errors import ConfigError
+from pipelines.split_checks import split_problems
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -254,6 +255,8 @@ def _adapter_problems(config: PipelineConfig) -> Iterator[str]:
     """Options that the family does not know, patterns that are no regular expression, starts that the base has not."""
     adapter = config.finetune.adapter
     yield from _option_problems(ADAPTER_OPTIONS[adapter.method], adapter.options, "finetune", "adapter", "options")
+    if adapter.method == "full" and (problem := full_problem(adapter)) is not None:
+        yield f"finetune.adapter.{problem}"
     for field_name in ("target_modules", "rank_pattern", "alpha_pattern"):
         for pattern in getattr(adapter, field_name) or ():
             try:
@@ -262,20 +265,16 @@ def _adapter_problems(config: PipelineConfig) -> Iterator[str]:
                 yield f"finetune.adapter.{field_name}: {pattern!r} is no regular expression ({error})."
     if config.decompose.mode == "replace" and config.finetune.base == "dense":
         yield "finetune.base: decompose.mode 'replace' leaves no dense weights. Set it to 'nf4'."
+    yield from split_problems(config)
     split_off = config.finetune.base == "nf4" and config.quantize.method != "nf4"
-    if split_off and adapter.method not in TAKES_SPLIT:
+    if split_off and adapter.method in TAKES_SPLIT and adapter.init != "split":
         yield (
-            f"finetune.adapter.method: {adapter.method!r} cannot hold the L and R that quantize.method "
-            f"{config.quantize.method!r} takes out of W. Set quantize.method to 'nf4'."
-        )
-    elif split_off and adapter.init != "split":
-        yield (
-            f"finetune.adapter.init: {adapter.init!r} would lose the L and R that quantize.method "
+            f"finetune.adapter.init: {adapter.init!r} would lose the part that quantize.method "
             f"{config.quantize.method!r} takes out of W. Set it to 'split', or quantize.method to 'nf4'."
         )
     if split_off and adapter.target_modules is not None:
         yield (
-            "finetune.adapter.target_modules: layers without an adapter would lose the L and R that quantize.method "
+            "finetune.adapter.target_modules: layers without an adapter would lose the part that quantize.method "
             f"{config.quantize.method!r} takes out of W. Leave it out, or set quantize.method to 'nf4'."
         )
     if adapter.init in ("pissa", "milora", "olora") and adapter.method not in ("lora", "lora_fa", "dylora"):
@@ -291,7 +290,7 @@ def _optimizer_problems(config: FinetuneConfig) -> Iterator[str]:
     """Options that the optimizer does not know, and adapters that it cannot step."""
     options = OPTIMIZER_OPTIONS[config.optimizer]
     yield from _option_problems(options, config.optimizer_options, "finetune", "optimizer_options")
-    problem = pair_problem(config.optimizer, config.adapter.method)
+    problem = optimizer_problem(config.optimizer, config.optimizer_options, config.adapter)
     if problem is not None:
         yield f"finetune.optimizer: {problem}"
 

@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cluster.model import ModelSource
 from cluster.serving.auth import ensure_token
 from cluster.serving.spec import ServeSpec
 from pipelines.artifacts import Store
 from pipelines.config import PipelineConfig
+from pipelines.model_source import model_source
 from pipelines.tracking import Tracker
 
 BASE_ID = "base"
@@ -32,15 +32,9 @@ def serve_spec(
     """What to serve: the base, and the registered version under its name and under `name:version`."""
     version = tracker.fetch(registered["name"], registered["version"])
     adapter = str(version / "adapter")
-    source = ModelSource(
-        shards=store.artifact("shard", keys["shard"]),
-        splits=store.artifact("quantize", keys["quantize"]),
-        adapter=config.finetune.adapter,
-        base=config.finetune.base,
-    )
     return ServeSpec(
         app_name=f"rankline-{config.name}",
-        source=source,
+        source=model_source(config, store, keys),
         base_model_id=BASE_ID,
         adapters={registered["name"]: adapter, f"{registered['name']}:{registered['version']}": adapter},
         token_file=str(token_file(config, store.root)),

@@ -124,7 +124,7 @@ def _seconds(
 ) -> dict[str, float]:
     cores = os.cpu_count() or 1
     tune, n = config.finetune, size.num_parameters
-    share = min(1.0, tune.num_workers * tune.threads_per_worker / cores)
+    share = min(1.0, tune.num_workers * tune.threads_per_worker / cores) if tune.threads_per_worker else 1.0
     rank = (config.decompose.rank or 64) + config.decompose.options.get("oversampling", 8)
     products = 2 * (config.decompose.options.get("n_iter", 2) + 1)
     train_tokens = trained * rows["train"].tokens_per_row

@@ -11,6 +11,7 @@ from cluster.model import ModelSource
 from pipelines.artifacts import Store
 from pipelines.config import PipelineConfig, parse, read_yaml
 from pipelines.errors import ArtifactError, ConfigError
+from pipelines.model_source import model_source
 
 
 def export(store_dir: Path, run: str, out: Path, format: str, max_rank: int | None, onto: str) -> dict[str, Any]:
@@ -60,22 +61,15 @@ def _finished(store_dir: Path, run: str) -> tuple[PipelineConfig, ModelSource, P
     config, store, keys = parse(read_yaml(directory / "pipeline.yaml")), Store(store_dir), record["keys"]
     if "finetune" not in keys or store.read_manifest("finetune", keys["finetune"]) is None:
         raise ArtifactError(f"export {run!r}: its finetune stage is not finished. Run `rankline resume {run}`.")
-    source = ModelSource(
-        shards=store.artifact("shard", keys["shard"]),
-        splits=store.artifact("quantize", keys["quantize"]),
-        adapter=config.finetune.adapter,
-        base=config.finetune.base,
-    )
-    return config, source, store.units("finetune", keys["finetune"]).path("adapter")
+    return config, model_source(config, store, keys), store.units("finetune", keys["finetune"]).path("adapter")
 
 
 def _lora(
     config: PipelineConfig, source: ModelSource, adapter: Path, out: Path, max_rank: int | None
 ) -> dict[str, Any]:
     from cluster.export import export_lora
-    from lowrank.adapters.peft_format import load_adapter
 
     if config.decompose.mode == "replace":
         raise ConfigError("export: decompose.mode 'replace' has no original weights to add to. Use --format merged.")
-    facts = {"name": config.model.source, "run": config.name}
-    return export_lora(source, load_adapter(adapter), out, max_rank, facts)
+    facts = {**source.base_facts, "run": config.name}
+    return export_lora(source, adapter, out, max_rank, facts)

@@ -13,6 +13,8 @@ from lowrank.adapters.registry import FAMILIES
 from lowrank.config import AdapterConfig
 
 SHAPES = [(24, 36), (36, 24), (24, 24)]
+#: Families without a rank.
+RANKLESS = ("krona", "kradapter", "full")
 #: The divisors nearest the root.
 ROOT, ROUND = {24: 4, 36: 6}, {24: 6, 36: 6}
 
@@ -157,6 +159,7 @@ SAMPLES: dict[str, list[Sample]] = {
         Sample({}, lambda m, n: (ROOT[max(m, n)] + 6) * min(m, n)),
         Sample({"options": {"scale": 0.5}}, lambda m, n: (5 + 6) * 20, scale=1.0, shapes=[(20, 27), (27, 20)]),
     ],
+    "full": [Sample({}, lambda m, n: m * n), Sample({"lora_dropout": 0.25}, lambda m, n: m * n, scale=2.0)],
     "abba": [
         Sample({"r": 3, "lora_alpha": 2.0}, lambda m, n: 6 * (m + n)),
         Sample({"r": 2, "lora_alpha": 3.0, "options": {"r1": 4, "alpha1": 0.5}}, lambda m, n: 6 * (m + n)),

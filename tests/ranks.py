@@ -23,7 +23,7 @@ def run_rank(rank: int, world: int, directory: str, jobs: list[tuple[TrainJob, i
     torch.set_num_threads(1)
     join_group(rank, world, Path(directory))
     for job, stop_after in jobs:
-        place = Place(rank, world, Path(directory), interrupter(stop_after))
+        place = Place(rank, world, Path(directory), interrupter(stop_after), local_world=world)
         try:
             run_worker(job, place)
         except Interrupted:

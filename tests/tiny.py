@@ -100,7 +100,13 @@ def make_tiny(
     weights = {spec.name: tensors[f"{spec.name}.weight"] for spec in architecture.linears}
     splits = _write_splits(root / "splits", weights, rank)
     config = adapter or AdapterConfig(lora_alpha=4.0)
-    return ModelSource(shards=shards, splits=splits, adapter=config, base=base)  # type: ignore[arg-type]
+    return ModelSource(
+        shards=shards,
+        splits=splits,
+        adapter=config,
+        base=base,  # type: ignore[arg-type]
+        base_facts={"name": "tiny", "base_sha256": f"{seed:064x}", "split_key": f"{seed:020x}", "base": base},
+    )
 
 
 def _write_shards(root: Path, config: Any, tensors: Mapping[str, Tensor], transposed: set[str]) -> Path:
@@ -132,6 +138,7 @@ def _write_shards(root: Path, config: Any, tensors: Mapping[str, Tensor], transp
 
 
 def _write_splits(root: Path, weights: Mapping[str, Tensor], rank: int) -> Path:
+    from lowrank.factors import LowRankFactors
     from lowrank.quantization.nf4 import quantize_nf4
     from lowrank.quantization.residual import SplitWeight
 
@@ -141,7 +148,8 @@ def _write_splits(root: Path, weights: Mapping[str, Tensor], rank: int) -> Path:
         left, right = u[:, :rank] * s[:rank].sqrt(), s[:rank].sqrt()[:, None] * vh[:rank]
         residual = quantize_nf4(weight - left @ right, 64, True, name=module)
         (root / "units" / module).mkdir(parents=True)
-        save_split(root / "units" / module, SplitWeight(module, residual.shape, residual, left, right, 0.1, 0.2))
+        part = LowRankFactors(left, right)
+        save_split(root / "units" / module, SplitWeight(module, residual.shape, residual, part, 0.1, 0.2))
         rows.append({"module": module, "shape": list(weight.shape), "block_size": 64, "double_quant": True})
     _write_index(root, rows)
     return root

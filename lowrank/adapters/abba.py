@@ -16,12 +16,13 @@ import torch
 
 from lowrank.adapter_options import ABBAOptions
 from lowrank.adapters.base import Layer, kaiming, matched
-from lowrank.adapters.loha import LoHA
+from lowrank.adapters.loha import LoHA, from_split
 from lowrank.adapters.pairs import residual_part
 from lowrank.adapters.products import refuse_rslora
 from lowrank.adapters.settings import rank_of
 from lowrank.config import AdapterConfig
 from lowrank.errors import AdapterError
+from lowrank.factors import HadamardFactors
 
 
 class ABBA(LoHA):
@@ -33,7 +34,7 @@ class ABBA(LoHA):
 
     @classmethod
     def initial(cls, layer: Layer, config: AdapterConfig) -> Self:
-        """B1 A1 = SVD_r1(W) with equal Grams, B2 = 0, A2 Kaiming."""
+        """The split that `quantize` took out; without one B1 A1 = SVD_r1(W) with equal Grams, B2 = 0, A2 Kaiming."""
         refuse_rslora(layer, config)
         (m, n), r, options = layer.shape, rank_of(layer, config), ABBAOptions(**config.options)
         r1 = options.r1 or r
@@ -41,10 +42,13 @@ class ABBA(LoHA):
             raise AdapterError(
                 f"initialise {layer.what}: r1 = {r1} > {min(m, n)}. Set finetune.adapter.options.r1 <= {min(m, n)}."
             )
-        b1, a1 = (part.contiguous() for part in residual_part(layer.weight().float(), r1, "pissa"))
-        second = torch.zeros(m, r), kaiming(r, n, layer.generator(config.seed))
         alpha2 = matched(config.alpha_pattern, layer.name, config.lora_alpha)
-        return cls((b1, a1), second, _scaling(options.alpha1, alpha2), config.lora_dropout)
+        scaling, generator = _scaling(options.alpha1, alpha2), layer.generator(config.seed)
+        if isinstance(layer.split, HadamardFactors):
+            return cls(*from_split(layer, layer.split, (r1, r), scaling, generator), scaling, config.lora_dropout)
+        b1, a1 = (part.contiguous() for part in residual_part(layer.weight().float(), r1, "pissa"))
+        second = torch.zeros(m, r), kaiming(r, n, generator)
+        return cls((b1, a1), second, scaling, config.lora_dropout)
 
     @classmethod
     def stored_scaling(cls, module: str, r: int, config: Mapping[str, Any]) -> float:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from lowrank.config import AdapterConfig
 from lowrank.errors import AdapterError
-from lowrank.factors import LoRAExport
+from lowrank.factors import LoRAExport, StructuredFactors
 from lowrank.factors.base import factored_svd
 
 Export = Literal["exact", "truncated", "merge-only"]
@@ -35,14 +35,14 @@ class Layer:
         shape: (m, n) = (out_features, in_features).
         index: position among all targets; every random draw depends on the configured seed and this alone.
         weight: gives W (m, n) in fp32 as the frozen layer holds it (dequantized); called only where a family needs it.
-        split: L (m, k) and R (k, n) that were taken out of the weight before it was quantized, or None.
+        split: the part S (m, n) that was taken out of the weight before it was quantized, fp32, or None.
     """
 
     name: str
     shape: tuple[int, int]
     index: int = 0
     weight: Callable[[], Tensor] = lambda: torch.empty(0)
-    split: tuple[Tensor, Tensor] | None = None
+    split: StructuredFactors | None = None
 
     @property
     def what(self) -> str:
@@ -61,8 +61,8 @@ class Adapter(nn.Module, ABC):
     """`peft_type` on disk: PEFT's where PEFT has the family, else our own."""
     prefix: ClassVar[str]
     """What every tensor name on disk starts with, such as `lora_`; PEFT finds a family's tensors by it."""
-    takes_split: ClassVar[bool] = False
-    """Whether it can start from the L and R that `quantize` took out of W."""
+    takes_split: ClassVar[frozenset[str]] = frozenset()
+    """Forms of the part that `quantize` took out of W from which it can start: kinds of factors."""
 
     def __init__(self, shape: tuple[int, int], scaling: float, dropout: float = 0.0) -> None:
         """Args: shape: (m, n). scaling: s. dropout: on the input while training, in [0, 1)."""

@@ -27,7 +27,7 @@ class DoRA(Adapter):
     peft_type: ClassVar[str] = "LORA"
     prefix: ClassVar[str] = "lora_"
     export: ClassVar[Export] = "merge-only"
-    takes_split: ClassVar[bool] = True
+    takes_split: ClassVar[frozenset[str]] = frozenset({"low_rank"})
 
     def __init__(self, a: Tensor, b: Tensor, magnitude: Tensor, scaling: float, dropout: float = 0.0) -> None:
         """Args: a: (r, n). b: (m, r). magnitude: μ (m,). scaling: s. dropout: on the input while training."""

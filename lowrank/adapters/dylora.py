@@ -30,7 +30,7 @@ class DyLoRA(Adapter):
     peft_type: ClassVar[str] = "LORA"
     prefix: ClassVar[str] = "lora_"
     export: ClassVar[Export] = "exact"
-    takes_split: ClassVar[bool] = True
+    takes_split: ClassVar[frozenset[str]] = frozenset({"low_rank"})
 
     def __init__(
         self, a: Tensor, b: Tensor, scaling: float, use_rslora: bool, options: DyLoRAOptions, dropout: float = 0.0

@@ -1,7 +1,8 @@
 """Adapters of any family as plain LoRA over the original dense model, which stock PEFT and vLLM load.
 
 What an adapter changed is ΔW(trained) − ΔW(start): for families that start at zero their ΔW, for those that start from
-the L·R that was split off before quantization the change since. Both are low-rank pairs, so their difference is one.
+the part that was split off before quantization the change since. Where both are LoRAs exactly, so is their difference,
+of both ranks together.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def as_lora(
 
     Args:
         trained: module -> adapter, of any family.
-        initial: the same layers before training, where they did not start at ΔW = 0; None where they did.
+        initial: those layers before training that did not start at ΔW = 0; None where all did.
         max_rank: largest rank, >= 1; larger changes are cut to the best of this rank. None exports exactly.
 
     Raises:
@@ -56,8 +57,7 @@ def as_lora(
     if max_rank is not None and max_rank < 1:
         raise AdapterError(f"export {len(trained)} adapters to LoRA: max_rank = {max_rank}. Set max_rank >= 1.")
     changes = {
-        module: _change(module, adapter, None if initial is None else initial[module], max_rank)
-        for module, adapter in trained.items()
+        module: _change(module, adapter, (initial or {}).get(module), max_rank) for module, adapter in trained.items()
     }
     largest = max(len(change.a) for change in changes.values())
     rank = next((r for r in VLLM_RANKS if r >= largest), largest)
@@ -75,12 +75,16 @@ def _change(module: str, trained: Adapter, initial: Adapter | None, max_rank: in
     except AdapterError as error:
         raise AdapterError(f"{module}: {error}") from error
     if now is None or before is None:
-        raise AdapterError(f"{module}: {trained.peft_type} started from a split and is no low-rank pair. Merge it.")
+        raise AdapterError(
+            f"{module}: this {trained.peft_type} started from a part of the weight, and is no LoRA of a rank below "
+            f"{min(trained.shape)}, so what it changed is none. Merge it."
+        )
     with torch.no_grad():
         left, right = torch.cat([now[0], -before[0]], dim=1), torch.cat([now[1], before[1]])
-        if max_rank is None or len(right) <= max_rank:
+        most = min(max_rank or len(right), *trained.shape)
+        if len(right) <= most:
             return LoRAExport(right.contiguous(), left.contiguous(), 1.0, True)
-        return cut(*factored_svd(left, right), max_rank)
+        return cut(*factored_svd(left, right), most)
 
 
 def _padded(rows: Tensor, rank: int) -> Tensor:

@@ -20,10 +20,12 @@ from torch.utils.checkpoint import checkpoint
 
 from lowrank.adapter_options import LoHAOptions
 from lowrank.adapters.base import Export, Layer, kaiming
+from lowrank.adapters.continued import divided, extended
 from lowrank.adapters.products import AddedInPlace, column_products, refuse_rslora, row_products
 from lowrank.adapters.settings import dropout_of, rank_of, scaling_for, scaling_from
 from lowrank.config import AdapterConfig
 from lowrank.errors import AdapterError
+from lowrank.factors import HadamardFactors
 
 #: Parts of ΔW that are built one after another where r² is so large that its expanded factors would be larger.
 _PARTS = 16
@@ -34,6 +36,7 @@ class LoHA(AddedInPlace):
 
     peft_type: ClassVar[str] = "LOHA"
     prefix: ClassVar[str] = "hada_"
+    takes_split: ClassVar[frozenset[str]] = frozenset({"hadamard"})
     names: ClassVar[tuple[str, str, str, str]] = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
     """The four factors on disk."""
 
@@ -58,10 +61,17 @@ class LoHA(AddedInPlace):
 
     @classmethod
     def initial(cls, layer: Layer, config: AdapterConfig) -> Self:
-        """No change: one factor is zero, by `options.init`."""
+        """The split that `quantize` took out; without one no change: one factor is zero, by `options.init`.
+
+        Raises:
+            AdapterError: the rank is larger than min(m, n), or smaller than that of the split.
+        """
         refuse_rslora(layer, config)
         (m, n), r = layer.shape, rank_of(layer, config)
         generator = layer.generator(config.seed)
+        if isinstance(layer.split, HadamardFactors):
+            scaling = scaling_for(layer, config, r)
+            return cls(*from_split(layer, layer.split, (r, r), scaling, generator), scaling, config.lora_dropout)
         if LoHAOptions(**config.options).init == "lycoris":
             w1_b, w2_b = (torch.randn(r, n, generator=generator) for _ in range(2))
             first, second = (0.1 * torch.randn(m, r, generator=generator), w1_b), (torch.zeros(m, r), w2_b)
@@ -135,6 +145,14 @@ class LoHA(AddedInPlace):
             "init_weights": True,
             "lora_dropout": config.lora_dropout,
         }
+
+
+def from_split(
+    layer: Layer, split: HadamardFactors, ranks: tuple[int, int], scaling: float, generator: torch.Generator
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Both pairs of these ranks with s·(W1a W1b)∘(W2a W2b) = (C₁D₁)∘(C₂D₂), s shared out among the four factors."""
+    c1, d1, c2, d2 = divided(scaling, split.c1, split.d1, split.c2, split.d2)
+    return extended(layer, ranks[0], generator, c1, d1), extended(layer, ranks[1], generator, c2, d2)
 
 
 def _by_rows(x: Tensor, w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """LoKH: ΔW = s·(F1 ⊙ … ⊙ FL), a column-wise Kronecker (Khatri-Rao) product; and KRAdapter, its chain of two factors.
 
 The product stands on the larger side of W (m, n): with k = max(m, n) and d = min(m, n) the factors are F_i (p_i, d)
-and p₁·…·p_L = k, or more, and rows beyond k are left out. ΔW is that (k, d) product, transposed where n > m. The file
-holds (m, n), which together with the shapes of the factors is the whole policy of trimming.
+and p₁·…·p_L = k, or more, and rows beyond k are left out. ΔW is that (k, d) product, transposed where n > m. A split
+W ≈ Q + S is continued as it was found, on the rows of W: k = m and d = n there. The file holds (m, n), which together
+with the shapes of the factors is the whole policy of sides and trimming.
 
 | form | factors | s | ΔW |
 |---|---|---|---|
@@ -30,10 +31,12 @@ from torch.utils.checkpoint import checkpoint
 
 from lowrank.adapter_options import KRAdapterOptions, LoKHOptions, options_of
 from lowrank.adapters.base import Adapter, Export, Layer, kaiming, matched
+from lowrank.adapters.continued import divided, extended
 from lowrank.adapters.products import column_products, refuse_rslora
 from lowrank.adapters.settings import dropout_of, rank_of, scaling_for, scaling_from
 from lowrank.config import AdapterConfig
 from lowrank.errors import AdapterError
+from lowrank.factors import KhatriRaoFactors, LowRankKhatriRaoFactors
 
 _SIZE = "lokh_size"
 #: Numbers that a chain may hold beside its result: p₁·d for every token of a slice.
@@ -45,6 +48,7 @@ class LoKH(Adapter):
 
     peft_type: ClassVar[str] = "LOKH"
     prefix: ClassVar[str] = "lokh_"
+    takes_split: ClassVar[frozenset[str]] = frozenset({"khatri_rao", "khatri_rao_low_rank"})
 
     def __init__(
         self, factors: Mapping[str, Tensor], shape: tuple[int, int], scaling: float, dropout: float = 0.0
@@ -68,24 +72,26 @@ class LoKH(Adapter):
             fits = all(sizes[f"lokh_b{i}"][1] == sizes[f"lokh_a{i}"][0] for i in (1, 2))
         if fits:
             rows = math.prod(size[0] for name, size in sizes.items() if "_a" not in name)
-            fits = rows >= max(self.shape) and all(
-                size[1] == min(self.shape) for name, size in sizes.items() if "_b" not in name
-            )
+            columns = {size[1] for name, size in sizes.items() if "_b" not in name}
+            fits = len(columns) == 1 and columns <= set(self.shape) and rows >= self._rows
         if not fits:
             raise AdapterError(
                 f"LoKH factors do not fit {self.shape[0]}x{self.shape[1]}: got {sizes}; allowed are lokh_f1, lokh_f2, "
-                "... of (p, d), or lokh_b1, lokh_b2 of (p, r) and lokh_a1, lokh_a2 of (r, d), with d = min(m, n) and "
-                "the product of all p >= max(m, n)."
+                "... of (p, d), or lokh_b1, lokh_b2 of (p, r) and lokh_a1, lokh_a2 of (r, d), with d = n and the "
+                "product of all p >= m, or d = m and the product >= n."
             )
 
     @classmethod
     def initial(cls, layer: Layer, config: AdapterConfig) -> Self:
-        """No change: the last factor is zero.
+        """The split that `quantize` took out; without one no change: the last factor is zero.
 
         Raises:
-            AdapterError: max(m, n) is no product of such factors, or the rank is larger than they allow.
+            AdapterError: max(m, n) is no product of such factors, or the rank is larger than they allow, or smaller
+                than that of the split, or the split is of the other form.
         """
         options, columns = LoKHOptions(**config.options), min(layer.shape)
+        if layer.split is not None:
+            return cls._continued(layer, config, options)
         rows, generator = rows_of(layer, options), layer.generator(config.seed)
         if options.form == "low-rank":
             r = rank_of(layer, config, min(*rows, columns))
@@ -97,6 +103,27 @@ class LoKH(Adapter):
         factors[f"lokh_f{len(rows)}"] = torch.zeros(rows[-1], columns)
         alpha = matched(config.alpha_pattern, layer.name, config.lora_alpha)
         return cls(factors, layer.shape, float(alpha), config.lora_dropout)
+
+    @classmethod
+    def _continued(cls, layer: Layer, config: AdapterConfig, options: LoKHOptions) -> Self:
+        split, generator = layer.split, layer.generator(config.seed)
+        if options.form == "low-rank" and isinstance(split, LowRankKhatriRaoFactors) and len(split.left) == 2:
+            r = rank_of(layer, config)
+            scaling, pairs = scaling_for(layer, config, r), list(zip(split.left, split.right, strict=True))
+            factors: dict[str, Tensor] = {}
+            for i, pair in enumerate(pairs, 1):
+                parts = extended(layer, r, generator, *divided(scaling**0.5, *pair))
+                factors |= {f"lokh_b{i}": parts[0], f"lokh_a{i}": parts[1]}
+            return cls(factors, layer.shape, scaling, config.lora_dropout)
+        if options.form == "chain" and isinstance(split, KhatriRaoFactors) and len(split.factors) > 1:
+            _refuse_rank(layer, config)
+            alpha = float(matched(config.alpha_pattern, layer.name, config.lora_alpha))
+            return cls(_chain_of(split, alpha), layer.shape, alpha, config.lora_dropout)
+        kind = "none" if split is None else split.kind
+        raise AdapterError(
+            f"initialise {layer.what}: the form {options.form!r} cannot continue its split ({kind}). Take form "
+            "low-rank for khatri_rao_low_rank of two factors, form chain for khatri_rao of two or more."
+        )
 
     @property
     def r(self) -> int:
@@ -117,7 +144,13 @@ class LoKH(Adapter):
     @property
     def _wide(self) -> bool:
         """Whether the product stands on the input's side."""
-        return self.shape[1] > self.shape[0]
+        factor = "lokh_f1" if self._is_chain else "lokh_a1"
+        return int(self.get_parameter(factor).shape[1]) != self.shape[1]
+
+    @property
+    def _rows(self) -> int:
+        """k, the side that the product stands on."""
+        return self.shape[1] if self._wide else self.shape[0]
 
     def _named(self, letter: str, dtype: torch.dtype | None = None) -> list[Tensor]:
         """All factors of a letter, in order; the first of f, or of b, carries s."""
@@ -136,20 +169,20 @@ class LoKH(Adapter):
         return y[:, : self.shape[0]].reshape(*x.shape[:-1], self.shape[0])
 
     def delta_weight(self, weight: Tensor | None = None) -> Tensor:
-        """s·(F1 ⊙ … ⊙ FL) (m, n), trimmed, and transposed where n > m."""
+        """s·(F1 ⊙ … ⊙ FL) (m, n), trimmed, and transposed where it stands on the input's side."""
         del weight
         if self._is_chain:
             factors = self._named("f")
         else:
             factors = [b @ a for b, a in zip(self._named("b"), self._named("a"), strict=True)]
-        whole = reduce(column_products, factors)[: max(self.shape)]
+        whole = reduce(column_products, factors)[: self._rows]
         return whole.T if self._wide else whole
 
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
-        """(s·B1 ⊗ B2, A1 ⊙ A2), transposed where n > m; None for a chain or where r² >= min(m, n)."""
+        """(s·B1 ⊗ B2, A1 ⊙ A2), transposed on the input's side; None for a chain or where r² >= min(m, n)."""
         if self.export != "exact":
             return None
-        left = torch.kron(*self._named("b"))[: max(self.shape)]
+        left = torch.kron(*self._named("b"))[: self._rows]
         right = column_products(*self._named("a"))
         return (right.T, left.T) if self._wide else (left, right)
 
@@ -182,15 +215,29 @@ class LoKH(Adapter):
 class KRAdapter(LoKH):
     """ΔW = s·U ⊙ V, two free factors of nearly √max(m, n) rows, trimmed: of full rank, merge-only."""
 
+    takes_split: ClassVar[frozenset[str]] = frozenset({"khatri_rao"})
+
     @classmethod
     def initial(cls, layer: Layer, config: AdapterConfig) -> Self:
-        """U Kaiming with fan p₁, V = 0, s = `options.scale`."""
+        """The split that `quantize` took out; without one U Kaiming with fan p₁ and V = 0; s = `options.scale`."""
         _refuse_rank(layer, config)
+        scale = matched(config.alpha_pattern, layer.name, KRAdapterOptions(**config.options).scale)
+        if isinstance(layer.split, KhatriRaoFactors):
+            if len(layer.split.factors) != 2:
+                raise AdapterError(
+                    f"initialise {layer.what}: its split is a chain of {len(layer.split.factors)}; a kradapter has two "
+                    "factors. Set decompose.options.shape to two sizes, or take lokh of form chain."
+                )
+            return cls(_chain_of(layer.split, float(scale)), layer.shape, float(scale), config.lora_dropout)
         rows, columns = rows_of(layer, LoKHOptions(form="chain", trim=True)), min(layer.shape)
         u = kaiming(columns, rows[0], layer.generator(config.seed)).T.contiguous()
-        scale = matched(config.alpha_pattern, layer.name, KRAdapterOptions(**config.options).scale)
         factors = {"lokh_f1": u, "lokh_f2": torch.zeros(rows[1], columns)}
         return cls(factors, layer.shape, float(scale), config.lora_dropout)
+
+
+def _chain_of(split: KhatriRaoFactors, scaling: float) -> dict[str, Tensor]:
+    """The factors of a chain with s·(F1 ⊙ … ⊙ FL) = S."""
+    return {f"lokh_f{i}": factor for i, factor in enumerate(divided(scaling, *split.factors), 1)}
 
 
 def rows_of(layer: Layer, options: LoKHOptions) -> tuple[int, ...]:

@@ -3,6 +3,10 @@
 Row-major, (W1 ⊗ W2) x = vec(W1 X W2ᵀ) where X is x as a matrix, so that ΔW is never built. The shapes are those of
 PEFT: m = up·vp and n = uq·vq, W1 (up, uq) is the small factor, W2 (vp, vq) is full where r >= max(vp, vq)/2.
 
+A split W ≈ Q + W1 ⊗ W2 is continued with the shapes of its own factors. PEFT knows only those of its rule, so the file
+loads there where `options.factor` gives the same ones, such as decompose.options.shape [4, 4] with factor 4 where 4
+divides m and n; `rankline` loads any.
+
 PEFT always scales by s = α/r. LyCORIS does not scale where both factors are full; a file with its `alpha` tensors is
 taken over under PEFT's rule, the difference multiplied into W1.
 
@@ -20,6 +24,7 @@ from torch.nn import functional as F
 
 from lowrank.adapter_options import KronAOptions, LoKrOptions, options_of
 from lowrank.adapters.base import Export, Layer, kaiming, matched
+from lowrank.adapters.continued import divided, extended, refuse_smaller
 from lowrank.adapters.products import AddedInPlace, refuse_rslora
 from lowrank.adapters.settings import dropout_of, rank_of, scaling_for, scaling_from
 from lowrank.config import AdapterConfig
@@ -34,6 +39,7 @@ class LoKr(AddedInPlace):
 
     peft_type: ClassVar[str] = "LOKR"
     prefix: ClassVar[str] = "lokr_"
+    takes_split: ClassVar[frozenset[str]] = frozenset({"kronecker"})
 
     def __init__(self, factors: Mapping[str, Tensor], r: int, scaling: float, dropout: float = 0.0) -> None:
         """Args: factors: by PEFT's names, see `_checked`. r: of the file. scaling: s. dropout: on x while training.
@@ -49,8 +55,41 @@ class LoKr(AddedInPlace):
 
     @classmethod
     def initial(cls, layer: Layer, config: AdapterConfig) -> Self:
-        """No change: W1 = 0, or W2 = 0, by `options.init`."""
-        return cls._started(layer, config, rank_of(layer, config), LoKrOptions(**config.options))
+        """The split that `quantize` took out; without one no change: W1 = 0, or W2 = 0, by `options.init`.
+
+        Raises:
+            AdapterError: the split is no single product, or r is too small for it, or `options.decompose_both` would
+                cut its W1, or `options.factor` names other shapes.
+        """
+        options = LoKrOptions(**config.options)
+        if isinstance(layer.split, KroneckerFactors):
+            if options.decompose_both:
+                raise AdapterError(
+                    f"initialise {layer.what}: decompose_both would cut the W1 of its split. "
+                    "Set finetune.adapter.options.decompose_both: false."
+                )
+            return cls._continued(layer, config, layer.split, layer.split.inner_rank, options.factor)
+        return cls._started(layer, config, rank_of(layer, config), options)
+
+    @classmethod
+    def _continued(
+        cls, layer: Layer, config: AdapterConfig, split: KroneckerFactors, inner: int | None, factor: int
+    ) -> Self:
+        """s·W1 ⊗ W2 = S; W2 of low rank where the split's is (`inner`) and PEFT's rule leaves it so, else full."""
+        refuse_rslora(layer, config)
+        _refuse_shapes(layer, split, factor)
+        (w1,), (whole,) = split.b, split.second
+        least = (max(whole.shape) + 1) // 2 if inner is None else inner
+        r: int = matched(config.rank_pattern, layer.name, config.r) or least
+        refuse_smaller(layer, r, least)
+        scaling = scaling_for(layer, config, r)
+        w1, whole = divided(scaling, w1, whole)
+        factors = {_W1: w1, _W2: whole}
+        if split.right is not None and r < max(whole.shape) / 2:
+            left, right = divided(scaling**0.5, split.c[0], split.right[0])
+            parts = extended(layer, r, layer.generator(config.seed), left, right)
+            factors = {_W1: w1} | dict(zip((f"{_W2}_a", f"{_W2}_b"), parts, strict=True))
+        return cls(factors, r, scaling, config.lora_dropout)
 
     @classmethod
     def _started(cls, layer: Layer, config: AdapterConfig, r: int, options: LoKrOptions) -> Self:
@@ -193,12 +232,14 @@ class KronA(LoKr):
 
     @classmethod
     def initial(cls, layer: Layer, config: AdapterConfig) -> Self:
-        """W1 Kaiming, W2 = 0.
+        """The split that `quantize` took out, multiplied out; without one W1 Kaiming and W2 = 0.
 
         Raises:
-            AdapterError: an explicit rank is so small that PEFT would split W2.
+            AdapterError: an explicit rank is so small that PEFT would split W2, or as for a LoKr of a split.
         """
         options = LoKrOptions(factor=KronAOptions(**config.options).factor, init="lycoris")
+        if isinstance(layer.split, KroneckerFactors):
+            return cls._continued(layer, config, layer.split, None, options.factor)
         least = (max(factorization(size, options.factor)[1] for size in layer.shape) + 1) // 2
         r: int = matched(config.rank_pattern, layer.name, config.r) or least
         if r < least:
@@ -223,6 +264,22 @@ def factorization(size: int, factor: int = -1) -> tuple[int, int]:
     largest = size if factor == -1 else factor
     a = max(a for a in range(1, int(size**0.5) + 1) if size % a == 0 and a <= largest)
     return a, size // a
+
+
+def _refuse_shapes(layer: Layer, split: KroneckerFactors, factor: int) -> None:
+    """Refuse a split that is no single W1 ⊗ W2 of all of W, or not of the shapes that `factor` asks for."""
+    (terms, up, uq), (vp, vq) = split.b.shape, split.second.shape[1:]
+    if terms != 1 or (up * vp, uq * vq) != layer.shape:
+        raise AdapterError(
+            f"initialise {layer.what}: its split has {terms} Kronecker products of {up}x{uq} and {vp}x{vq}; a LoKr "
+            "is one, without padding. Set decompose.rank: 1 and decompose.options.padding: error."
+        )
+    wanted = tuple(factorization(size, factor)[0] for size in layer.shape)
+    if factor != -1 and wanted != (up, uq):
+        raise AdapterError(
+            f"initialise {layer.what}: factor = {factor} means W1 of {wanted[0]}x{wanted[1]}, but that of its split is "
+            f"{up}x{uq}. Set decompose.options.shape: [{wanted[0]}, {wanted[1]}], or leave factor out."
+        )
 
 
 def _factor(name: str, rows: int, columns: int, r: int | None, generator: torch.Generator) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ class LoRA(Adapter):
     peft_type: ClassVar[str] = "LORA"
     prefix: ClassVar[str] = "lora_"
     export: ClassVar[Export] = "exact"
-    takes_split: ClassVar[bool] = True
+    takes_split: ClassVar[frozenset[str]] = frozenset({"low_rank"})
 
     def __init__(self, a: Tensor, b: Tensor, scaling: float, dropout: float = 0.0) -> None:
         """Args: a: (r, n). b: (m, r). scaling: s. dropout: on the input while training, in [0, 1)."""

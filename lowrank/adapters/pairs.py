@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from lowrank.adapters.base import Layer, kaiming
+from lowrank.adapters.continued import divided, extended
 from lowrank.adapters.settings import rank_of, scaling_for
 from lowrank.config import AdapterConfig
 from lowrank.errors import AdapterError
+from lowrank.factors import LowRankFactors
 
 #: Inits that take s·B·A out of the weight: the frozen base must hold the rest.
 RESIDUAL = frozenset({"pissa", "milora", "olora"})
-#: Inits whose s·B·A is part of the original weight: what training changed is the difference from it.
-OUT_OF_WEIGHT = RESIDUAL | {"split"}
 
 
 def initial_pair(layer: Layer, config: AdapterConfig) -> tuple[Tensor, Tensor, float]:
@@ -61,16 +61,10 @@ def residual_part(weight: Tensor, r: int, init: str) -> tuple[Tensor, Tensor]:
 
 
 def _from_split(layer: Layer, r: int, scaling: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    (m, n), k = layer.shape, 0 if layer.split is None else layer.split[0].shape[1]
-    if r < k:
-        raise AdapterError(
-            f"initialise {layer.what}: r = {r} is smaller than the rank {k} of the split that its residual was "
-            f"quantized against. Set finetune.adapter.r >= {k} (or null), or decompose.rank <= {r}."
-        )
-    a, b = kaiming(r, n, generator), torch.zeros(m, r)
-    if layer.split is not None:
-        left, right = layer.split
-        a[:k], b[:, :k] = right / scaling**0.5, left / scaling**0.5
+    m, n = layer.shape
+    if not isinstance(layer.split, LowRankFactors):
+        return kaiming(r, n, generator), torch.zeros(m, r)
+    b, a = extended(layer, r, generator, *divided(scaling, layer.split.left, layer.split.right))
     return a, b
 
 

@@ -7,6 +7,7 @@ hash, shapes, options) stands under `rankline`.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,11 +22,17 @@ from lowrank.errors import AdapterError
 
 _PREFIX = "base_model.model."
 _SHARED = "base_model."
+#: What must be the same where an adapter is loaded, as messages name it.
+_BASE_KEYS = {"base_sha256": "weights of sha256", "split_key": "the split", "base": "a base of kind"}
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def save_adapter(
-    directory: Path, adapters: Mapping[str, Adapter], config: AdapterConfig, base: Mapping[str, Any]
+    directory: Path,
+    adapters: Mapping[str, Adapter],
+    config: AdapterConfig,
+    base: Mapping[str, Any],
+    saved: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Write `adapters` (module -> adapter) as a PEFT directory with deterministic bytes.
 
@@ -34,9 +41,10 @@ def save_adapter(
         adapters: The trained layers, all of one family.
         config: Alpha, scaling rule, dropout and options.
         base: What the adapter was trained over (hashes); goes under `rankline` in the config, which PEFT ignores.
+        saved: Modules trained whole beside the adapter: module -> name -> tensor.
 
     Raises:
-        AdapterError: a factor holds NaN or infinity.
+        AdapterError: a tensor holds NaN or infinity.
     """
     from safetensors.torch import save_file
 
@@ -48,10 +56,17 @@ def save_adapter(
         named = adapter.tensors()
         check_finite(module, named)
         tensors |= {f"{_PREFIX}{module}.{name}": tensor for name, tensor in named.items()}
+    for module, whole in (saved or {}).items():
+        check_finite(module, whole)
+        tensors |= {f"{_PREFIX}{module}.{name}": tensor for name, tensor in whole.items()}
     directory.mkdir(parents=True, exist_ok=True)
     stored = {name: (t.float() if t.is_floating_point() else t).contiguous().cpu() for name, t in tensors.items()}
     save_file(stored, directory / WEIGHTS, metadata={"format": "pt"})
-    text = json.dumps(_peft_config(adapters, config, base), indent=2, sort_keys=True)
+    written = _peft_config(adapters, config, base)
+    if saved:
+        # Whole names: PEFT compares them with the ends of its own.
+        written["modules_to_save"] = sorted(saved)
+    text = json.dumps(written, indent=2, sort_keys=True)
     (directory / CONFIG).write_text(text + "\n")
 
 
@@ -93,23 +108,43 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def load_adapter(directory: Path) -> dict[str, Adapter]:
-    """Read a PEFT directory of any family: module -> adapter.
+def check_base(directory: Path, config: Mapping[str, Any], base: Mapping[str, Any]) -> None:
+    """Refuse an adapter for another base; what either side does not tell (files of other tools) is not compared.
 
     Raises:
-        AdapterError: damaged files, missing tensors, wrong shapes, or values that are not finite.
+        AdapterError: it was trained over another model, another split of it, or another kind of base.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    trained = config.get("rankline") or {}
+    dense = base.get("base", trained.get("base")) == "dense"
+    for key, what in _BASE_KEYS.items():
+        if dense and key == "split_key":
+            continue
+        theirs, ours = trained.get(key), base.get(key)
+        if None not in (theirs, ours) and theirs != ours:
+            raise AdapterError(
+                f"load adapter {directory}: it was trained over {what} {theirs} (model {trained.get('name')!r}), this "
+                f"base has {ours} (model {base.get('name')!r}). Load it onto the base that it was trained over, train "
+                "it again over this one, or write it for the original dense model with `rankline export`."
+            )
 
+
+def load_adapter(directory: Path, base: Mapping[str, Any] | None = None) -> dict[str, Adapter]:
+    """Read a PEFT directory of any family: module -> adapter.
+
+    Args:
+        directory: of our own or of PEFT's making.
+        base: what the adapter is to be loaded onto, by the names that `save_adapter` records; None does not ask.
+
+    Raises:
+        AdapterError: damaged files, missing tensors, wrong shapes, values that are not finite, or another base.
+    """
     config = read_config(directory)
+    check_base(directory, config, base or {})
     family = family_of(config)
     assert family is not None
-    try:
-        tensors = load_file(directory / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(f"load adapter {directory}: {WEIGHTS} is missing or damaged ({error}).") from error
-    layers, shared = _by_module(tensors, family.prefix)
+    tensors = _read_tensors(directory)
+    whole = {f"{_PREFIX}{module}.{name}" for module, named in _whole(tensors, config).items() for name in named}
+    layers, shared = _by_module({key: t for key, t in tensors.items() if key not in whole}, family.prefix)
     for module, named in {**layers, "shared": shared}.items():
         try:
             check_finite(module, named)
@@ -123,6 +158,49 @@ def load_adapter(directory: Path) -> dict[str, Adapter]:
             f"load adapter {directory}: no {config['peft_type']} adapter ({error!r}); its first module holds "
             f"{lacking}. Save it again."
         ) from error
+
+
+def load_saved_modules(directory: Path) -> dict[str, dict[str, Tensor]]:
+    """The modules that were trained whole beside an adapter: module -> name -> tensor; mostly none.
+
+    Raises:
+        AdapterError: damaged files, none for a pattern of `modules_to_save`, or values that are not finite.
+    """
+    config = read_config(directory)
+    found = _whole(_read_tensors(directory), config)
+    for module, named in found.items():
+        try:
+            check_finite(module, named)
+        except AdapterError as error:
+            raise AdapterError(f"load adapter {directory}: {error}") from error
+    for pattern in config.get("modules_to_save") or ():
+        if not any(module.endswith(pattern) for module in found):
+            raise AdapterError(
+                f"load adapter {directory}: modules_to_save names {pattern!r}, but {WEIGHTS} has no tensor of it. Save "
+                "it again."
+            )
+    return found
+
+
+def _read_tensors(directory: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return dict(load_file(directory / WEIGHTS))
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"load adapter {directory}: {WEIGHTS} is missing or damaged ({error}).") from error
+
+
+def _whole(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """Tensors of modules that were trained whole, whose names end as PEFT's `modules_to_save` says."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for pattern in config.get("modules_to_save") or ():
+        for key, tensor in tensors.items():
+            named = re.match(rf"(.*?{re.escape(pattern)})\.(.+)$", key.removeprefix(_PREFIX))
+            if key.startswith(_PREFIX) and named:
+                found.setdefault(named[1], {})[named[2]] = tensor
+    return found
 
 
 def _by_module(tensors: Mapping[str, Tensor], prefix: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:

@@ -10,6 +10,7 @@ from lowrank.adapters.adalora import AdaLoRA
 from lowrank.adapters.base import Adapter, Layer, matched
 from lowrank.adapters.dora import DoRA
 from lowrank.adapters.dylora import DyLoRA
+from lowrank.adapters.full import Full
 from lowrank.adapters.hira import HiRA
 from lowrank.adapters.loha import LoHA
 from lowrank.adapters.lokh import KRAdapter, LoKH
@@ -41,6 +42,7 @@ FAMILIES: dict[str, type[Adapter]] = {
     "krona": KronA,
     "lokh": LoKH,
     "kradapter": KRAdapter,
+    "full": Full,
 }
 
 
@@ -59,7 +61,19 @@ def initial_adapters(layers: Sequence[Layer], config: AdapterConfig) -> dict[str
                 raise AdapterError(f"finetune.adapter.{field}: {pattern!r} matches no layer. The targets are {leaves}.")
     wanted = None if config.target_modules is None else dict.fromkeys(config.target_modules, True)
     chosen = [layer for layer in layers if wanted is None or matched(wanted, layer.name, False)]
+    for layer in chosen:
+        _refuse_other_split(layer, config.method)
     return dict(FAMILIES[config.method].initial_all(chosen, config))
+
+
+def _refuse_other_split(layer: Layer, method: str) -> None:
+    takes = FAMILIES[method].takes_split
+    if layer.split is not None and layer.split.kind not in takes:
+        allowed = f"it starts from {', '.join(sorted(takes))}" if takes else "it starts from none"
+        raise AdapterError(
+            f"initialise {layer.what}: {method} would lose the {layer.split.kind} part that its residual was quantized "
+            f"against; {allowed}. Set finetune.adapter.method to a family of that form, or quantize.method: nf4."
+        )
 
 
 def family_of(config: Mapping[str, Any]) -> type[Adapter] | None:

@@ -14,7 +14,7 @@ DEFAULT_RANK = 16
 
 
 def rank_of(layer: Layer, config: AdapterConfig, largest: int | None = None) -> int:
-    """r of a layer: its pattern, else `config.r`, else the rank of its split, else 16.
+    """r of a layer: its pattern, else `config.r`, else the rank of its split, else 16 or the largest below.
 
     Args:
         layer: the layer.
@@ -24,9 +24,9 @@ def rank_of(layer: Layer, config: AdapterConfig, largest: int | None = None) -> 
     Raises:
         AdapterError: the rank is larger than that.
     """
-    split = layer.split[0].shape[1] if layer.split is not None else None
-    r: int = matched(config.rank_pattern, layer.name, config.r) or split or DEFAULT_RANK
     bound = min(layer.shape) if largest is None else largest
+    default = min(DEFAULT_RANK, bound) if layer.split is None else layer.split.rank
+    r: int = matched(config.rank_pattern, layer.name, config.r) or default
     if r > bound:
         raise AdapterError(f"initialise {layer.what}: rank {r} > {bound}. Set finetune.adapter.r <= {bound}.")
     return r

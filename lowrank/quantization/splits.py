@@ -1,15 +1,17 @@
-"""The split methods: each proposes pairs of Q and L R, one after another, and `residual.split_weight` keeps the best.
+"""The split methods: each proposes pairs of Q and S, one after another, and `residual.split_weight` keeps the best.
 
-L and R are stored unscaled; fine-tuning divides them by √s (`lowrank.adapters.pairs`), so that s · B · A = L R for
-every alpha.
+S is L R, of low rank, or a Hadamard, Kronecker or Khatri-Rao product kept as one (`Problem.structured`). It is stored
+unscaled; fine-tuning divides s out of its factors, so that ΔW = S for every alpha.
 
-| method | Q | L and R |
+| method | Q | S |
 |---|---|---|
 | nf4 | NF4(W) | none |
-| qpissa | NF4(W − L R) | the factors of W first, then those of W − Q |
-| loftq | NF4(W) first, then NF4(W − L R) | SVD_r(W − Q) |
-| lq_lora | NF4(W − L R) | the factors of W first, then SVD_r(W − Q) of every Q, until the error rises |
-| lplr | NF4(W − L R) | least squares for W − Q, each rounded to NF4 |
+| qpissa | NF4(W − S) | the factors of W first, then those of W − Q |
+| loftq | NF4(W) first, then NF4(W − S) | the factors of W − Q |
+| lq_lora | NF4(W − S) | the factors of W first, then those of W − Q for every Q, until the error rises |
+| lplr | NF4(W − L R) | L R alone: least squares for W − Q, each rounded to NF4 |
+
+The factors of W − Q are SVD_r(W − Q) for L R, and for a product what its decomposition finds, of the same shapes.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,9 +26,10 @@ from lowrank.blocks import BlockMatrix
 from lowrank.decompositions import decompose
 from lowrank.errors import AdapterError, QuantizationError
 from lowrank.executor import SerialExecutor
-from lowrank.factors import Factors
+from lowrank.factors import Factors, LowRankFactors, StructuredFactors
 from lowrank.factors.base import dense_svd
 from lowrank.quantization.nf4 import NF4Tensor
+from lowrank.quantization.products import kept_product, refitted
 from lowrank.rank import RankRule
 
 #: Below this many ranks in the short side the dense SVD is as fast as the Krylov space.
@@ -35,19 +38,16 @@ _DENSE_BELOW = 8
 
 @dataclass(frozen=True)
 class Candidate:
-    """W ≈ Q + L R: Q in NF4, L (m, r) and R (r, n) fp32 or both None; `packed_factors` where those are NF4 values."""
+    """W ≈ Q + S: Q in NF4, S in fp32 or None; `packed_factors` where S is L R of NF4 values."""
 
     residual: NF4Tensor
-    left: Tensor | None = None
-    right: Tensor | None = None
+    part: StructuredFactors | None = None
     packed_factors: tuple[NF4Tensor, NF4Tensor] | None = None
 
     def reconstruct(self) -> Tensor:
-        """Q + L R, fp32 (m, n)."""
+        """Q + S, fp32 (m, n)."""
         values = self.residual.dequantize(torch.float32)
-        if self.left is not None and self.right is not None:
-            values.addmm_(self.left, self.right)
-        return values
+        return values if self.part is None else values.add_(self.part.reconstruct())
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class Problem:
         quantizer: NF4 with the block size and absmax format already chosen.
         max_rank: largest rank of L R; factors of a larger one are cut to the best of this rank.
         options: of the method.
+        structured: whether S keeps the form of the factors; otherwise it is their low-rank form.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Problem:
     quantizer: Callable[[Tensor], NF4Tensor]
     max_rank: int | None
     options: Any
+    structured: bool = False
 
     @cached_property
     def exact(self) -> Tensor:
@@ -81,11 +83,12 @@ class Problem:
         return Candidate(self.quantizer(self.weight))
 
     @cached_property
-    def start(self) -> tuple[Tensor, Tensor]:
-        """L and R of the factors' low-rank form, fp32.
+    def start(self) -> StructuredFactors:
+        """The factors in fp32: as they are where `structured`, else L and R of their low-rank form.
 
         Raises:
-            QuantizationError: there are no factors, or they do not fit, or have no smaller low-rank form.
+            QuantizationError: there are no factors, or they do not fit, or have no smaller low-rank form, or are no
+                product where `structured` asks for one.
         """
         what = f"split {self.name} ({'x'.join(map(str, self.weight.shape))}) into its factors and a rest"
         if self.factors is None:
@@ -93,16 +96,24 @@ class Problem:
         m, n = self.factors.shape
         if (m, n) != tuple(self.weight.shape):
             raise QuantizationError(f"{what}: the factors are of a {m}x{n} matrix. Run decompose again.")
+        if self.structured:
+            return kept_product(what, self.factors)
         try:
             lora = self.factors.to_lora(max_rank=self.max_rank)
         except AdapterError as error:
             raise QuantizationError(f"{what}: {error} Set quantize.max_rank, or quantize.method: nf4.") from error
-        return lora.b.float(), lora.a.float()
+        return LowRankFactors(lora.b.float(), lora.a.float())
 
-    def rest(self, left: Tensor, right: Tensor) -> NF4Tensor:
-        """NF4(W − L R)."""
+    def rest(self, part: StructuredFactors) -> NF4Tensor:
+        """NF4(W − S)."""
         # It stands in for W from here on, so it keeps W's dtype on record.
-        return replace(self.quantizer(torch.addmm(self.exact, left, right, alpha=-1)), dtype=self.weight.dtype)
+        return replace(self.quantizer(part.reconstruct().neg_().add_(self.exact)), dtype=self.weight.dtype)
+
+    def refit(self, matrix: Tensor) -> StructuredFactors:
+        """The factors of another matrix (m, n) in the form, and of the rank and shapes, of `start`."""
+        if self.structured:
+            return refitted(self.name, self.start, matrix)
+        return LowRankFactors(*leading_pair(matrix, self.start.rank))
 
     def unexplained(self, residual: NF4Tensor) -> Tensor:
         """W − Q, fp32."""
@@ -113,47 +124,47 @@ SplitMethod: TypeAlias = Callable[[Problem], Iterator[Candidate]]
 
 
 def nf4(problem: Problem) -> Iterator[Candidate]:
-    """Q = NF4(W), no low-rank part."""
+    """Q = NF4(W), no other part."""
     yield problem.plain
 
 
 def qpissa(problem: Problem) -> Iterator[Candidate]:
-    """L R first, Q = NF4(W − L R) after it; further rounds fit L R to W − Q.
+    """S first, Q = NF4(W − S) after it; further rounds fit S to W − Q.
 
-    Source: PiSSA, arXiv:2404.02948, section 3.1 and algorithm 1 (QPiSSA-T).
+    Source: PiSSA, arXiv:2404.02948, section 3.1 and algorithm 1 (QPiSSA-T), for any S.
     """
-    left, right = problem.start
-    residual = problem.rest(left, right)
-    yield Candidate(residual, left, right)
+    part = problem.start
+    residual = problem.rest(part)
+    yield Candidate(residual, part)
     for _ in range(problem.options.n_iter - 1):
-        left, right = leading_pair(problem.unexplained(residual), left.shape[1])
-        residual = problem.rest(left, right)
-        yield Candidate(residual, left, right)
+        part = problem.refit(problem.unexplained(residual))
+        residual = problem.rest(part)
+        yield Candidate(residual, part)
 
 
 def loftq(problem: Problem) -> Iterator[Candidate]:
-    """Q = NF4(W) first, then L R = SVD_r(W − Q), and in turn; the rank is that of the factors.
+    """Q = NF4(W) first, then S fitted to W − Q (SVD_r for L R), and in turn; the rank is that of the factors.
 
-    Source: LoftQ, arXiv:2310.08659, algorithm 1.
+    Source: LoftQ, arXiv:2310.08659, algorithm 1, for any S.
     """
-    rank, residual = problem.start[0].shape[1], problem.plain.residual
+    residual = problem.plain.residual
     for _ in range(problem.options.n_iter):
-        left, right = leading_pair(problem.unexplained(residual), rank)
-        yield Candidate(residual, left, right)
-        residual = problem.rest(left, right)
+        part = problem.refit(problem.unexplained(residual))
+        yield Candidate(residual, part)
+        residual = problem.rest(part)
 
 
 def lq_lora(problem: Problem) -> Iterator[Candidate]:
-    """Q = NF4(W − L R) and L R = SVD_r(W − Q) in turn, until the error rises; the last step is the SVD.
+    """Q = NF4(W − S) and S fitted to W − Q (SVD_r for L R) in turn, until the error rises; the last step is the fit.
 
-    Source: LQ-LoRA, arXiv:2311.12023, algorithm 1, without Fisher weights.
+    Source: LQ-LoRA, arXiv:2311.12023, algorithm 1, without Fisher weights, for any S.
     """
-    left, right = problem.start
+    part = problem.start
     least = float("inf")
     for _ in range(problem.options.n_iter):
-        residual = problem.rest(left, right)
-        left, right = leading_pair(problem.unexplained(residual), left.shape[1])
-        candidate = Candidate(residual, left, right)
+        residual = problem.rest(part)
+        part = problem.refit(problem.unexplained(residual))
+        candidate = Candidate(residual, part)
         yield candidate
         error = float(torch.linalg.vector_norm(problem.exact - candidate.reconstruct(), dtype=torch.float64))
         if error >= least:
@@ -162,20 +173,27 @@ def lq_lora(problem: Problem) -> Iterator[Candidate]:
 
 
 def lplr(problem: Problem) -> Iterator[Candidate]:
-    """L = NF4((W − Q) R⁺), R = NF4(L⁺ (W − Q)), Q = NF4(W − L R) in turn: everything in 4 bits.
+    """L = NF4((W − Q) R⁺), R = NF4(L⁺ (W − Q)), Q = NF4(W − L R) in turn: everything in 4 bits, S of low rank.
 
     Lᵀ is what is quantized, so that a block holds entries of one column: columns differ in size, rows hardly do.
 
     Source: LPLR, arXiv:2310.11028, algorithm 1 (its alternating form); the residual and Lᵀ, CALDERA, arXiv:2405.18886.
     """
-    right, target = problem.start[1], problem.exact
+    start, target = problem.start, problem.exact
+    if not isinstance(start, LowRankFactors):
+        raise QuantizationError(
+            f"split {problem.name}: lplr rounds a pair L, R to 4 bits, and got {start.kind} factors. "
+            "Set quantize.part: low_rank, or quantize.method: qpissa."
+        )
+    right = start.right
     for _ in range(problem.options.n_iter):
         packed_left = problem.quantizer((target @ torch.linalg.pinv(right)).T)
         left = packed_left.dequantize().T.contiguous()
         packed_right = problem.quantizer(torch.linalg.pinv(left) @ target)
         right = packed_right.dequantize()
-        residual = problem.rest(left, right)
-        yield Candidate(residual, left, right, (packed_left, packed_right))
+        part = LowRankFactors(left, right)
+        residual = problem.rest(part)
+        yield Candidate(residual, part, (packed_left, packed_right))
         target = problem.unexplained(residual)
 
 

@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cluster.durable import UnitStore
+from cluster.model import ModelSource
+from pipelines.artifacts import Store
 from pipelines.config import PipelineConfig
+from pipelines.model_source import model_source
 from pipelines.sources import Sources
 from pipelines.tracking import Tracker
 
@@ -61,6 +64,11 @@ class Context:
             self.runner(
                 fn, list(missing.values()), num_cpus=num_cpus, on_done=lambda _item, _out: self.progress.advance()
             )
+
+    def model_source(self, adapter_dir: Path | None = None) -> ModelSource:
+        """Where the parts of this run's model lie; for stages after `quantize`."""
+        store = Store(Path(self.config.store.path).resolve())
+        return model_source(self.config, store, self.input_keys, adapter_dir)
 
     def commit(self, unit: str, write: Callable[[Path], dict[str, Any] | None], counted: bool = True) -> None:
         """Make one small unit in the driver, unless it is there; `counted` says whether progress counts units."""

@@ -2,17 +2,22 @@
 
 dense is W, nf4 is NF4(W), nf4_init the quantized residual with the initial factors (before training), adapter the
 result. A unit is one variant over some rows. The verdict is recorded here and acted on by the workflow.
+
+What no training changes, dense and nf4, is scored once per base and rows: the records are kept in `_artifacts/scores`
+and copied into the units of every later adapter on that base.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-from cluster.durable import UnitStore
+from cluster.artifacts import SplitSet
+from cluster.durable import UnitStore, canonical, sha256_bytes
 from cluster.evaluate import ScoreJob, majority, paired_interval, sample_answers, score, summarise
 from cluster.model import ModelSource, Variant
 from pipelines.config import PipelineConfig, result_fields
@@ -21,6 +26,8 @@ from pipelines.stages.base import Context, Outcome, Stage
 
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 NUM_SAMPLES = 3
+#: Variants that no training changes.
+UNTRAINED: tuple[Variant, ...] = ("dense", "nf4")
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,8 @@ class EvaluateJob:
     root: Path
     unit: str
     score: ScoreJob
+    shared: Path | None = None
+    """Where records that other runs may use are kept; None for what training changes."""
 
 
 def settings(config: PipelineConfig, sources: Sources) -> dict[str, Any]:
@@ -41,13 +50,7 @@ def run(ctx: Context) -> Outcome:
     """Tokenise held-out rows, score every variant, then compare."""
     from cluster.data import label_set, prepare_tokens, refuse_duplicates
 
-    source = ModelSource(
-        shards=ctx.inputs["shard"],
-        splits=ctx.inputs["quantize"],
-        adapter=ctx.config.finetune.adapter,
-        base=ctx.config.finetune.base,
-        adapter_dir=ctx.inputs["finetune"] / "units" / "adapter",
-    )
+    source = ctx.model_source(ctx.inputs["finetune"] / "units" / "adapter")
     data = ctx.config.data
     meta = ctx.inputs["shard"] / "units" / "meta"
     write_tokens = partial(prepare_tokens, data.heldout, meta, data, use_ray=ctx.use_ray)
@@ -74,6 +77,7 @@ def plan_jobs(ctx: Context, source: ModelSource, tokens: Path, labels: tuple[str
     total = min(pq.read_metadata(tokens).num_rows, config.max_rows or 1 << 60)
     jobs: dict[str, EvaluateJob] = {}
     for variant in VARIANTS:
+        shared = _shared(ctx, variant) if variant in UNTRAINED else None
         base = ScoreJob(
             source=source,
             variant=variant,
@@ -89,10 +93,27 @@ def plan_jobs(ctx: Context, source: ModelSource, tokens: Path, labels: tuple[str
         for index, start in enumerate(range(0, total, config.rows_per_unit)):
             unit = f"{variant}-{index:04d}"
             stop = min(start + config.rows_per_unit, total)
-            jobs[unit] = EvaluateJob(ctx.store.root, unit, replace(base, start=start, stop=stop))
+            jobs[unit] = EvaluateJob(ctx.store.root, unit, replace(base, start=start, stop=stop), shared)
         sample = replace(base, max_new_tokens=8 if labels else min(config.max_new_tokens, 48))
-        jobs[f"{variant}-samples"] = EvaluateJob(ctx.store.root, f"{variant}-samples", sample)
+        jobs[f"{variant}-samples"] = EvaluateJob(ctx.store.root, f"{variant}-samples", sample, shared)
     return jobs
+
+
+def _shared(ctx: Context, variant: Variant) -> Path:
+    """The directory of a variant's scores, by all that decides them."""
+    decisive: dict[str, Any] = {
+        "format": STAGE.format_version,
+        "variant": variant,
+        "shard": ctx.input_keys["shard"],
+        "data": result_fields(ctx.config.data),
+        "heldout": ctx.sources.heldout_sha256,
+        "answers": [ctx.config.evaluate.max_new_tokens, ctx.config.evaluate.exact_match],
+        "dtype": ctx.config.finetune.compute_dtype,
+    }
+    if variant == "nf4":
+        parts = ("module", "block_size", "double_quant")
+        decisive["nf4"] = [[record[part] for part in parts] for record in SplitSet(ctx.inputs["quantize"]).records]
+    return ctx.store.root.parents[1] / "scores" / sha256_bytes(canonical(decisive))[:20]
 
 
 def evaluate_unit(job: EvaluateJob) -> None:
@@ -101,6 +122,21 @@ def evaluate_unit(job: EvaluateJob) -> None:
 
 
 def _score(job: EvaluateJob, directory: Path) -> dict[str, Any]:
+    if job.shared is None:
+        return _write_records(job, directory)
+    kept, kind = UnitStore(job.shared), "samples" if job.unit.endswith("-samples") else "rows"
+    unit = f"{kind}-{job.score.start:06d}-{job.score.stop:06d}"
+    if kept.is_committed(unit):
+        try:
+            kept.read(unit, verify=True)
+        except ValueError:
+            kept.discard(unit)
+    facts = kept.commit(unit, partial(_write_records, job)).facts
+    shutil.copyfile(kept.path(unit) / "records.json", directory / "records.json")
+    return facts
+
+
+def _write_records(job: EvaluateJob, directory: Path) -> dict[str, Any]:
     records = (sample_answers if job.unit.endswith("-samples") else score)(job.score)
     (directory / "records.json").write_text(json.dumps(records))
     return {"num_rows": len(records)}

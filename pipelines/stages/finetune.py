@@ -34,16 +34,7 @@ def run(ctx: Context) -> Outcome:
 
     tune = ctx.config.finetune
     train_tokens, heldout_tokens = _prepare(ctx)
-    source = ModelSource(
-        shards=ctx.inputs["shard"], splits=ctx.inputs["quantize"], adapter=tune.adapter, base=tune.base
-    )
-    replaced = ctx.config.decompose.mode == "replace"
-    base = {
-        "name": ctx.config.model.source,
-        "base_sha256": ctx.sources.model_sha256,
-        "split_key": ctx.input_keys["quantize"],
-        "base": "factors" if replaced else tune.base,
-    }
+    source = ctx.model_source()
     job = TrainJob(
         source=source,
         config=tune,
@@ -52,13 +43,13 @@ def run(ctx: Context) -> Outcome:
         root=ctx.store.root,
         storage=ctx.store.root / "ray-train",
         name=f"finetune-{ctx.key}",
-        base_facts=base,
         use_gpu=_has_gpu(ctx.use_ray),
     )
     outcome = train(job, on_progress=_reporter(ctx, _total_steps(tune, train_tokens)))
     units = ["train-tokens", *(["heldout-tokens"] if tune.eval_every else []), "adapter"]
+    replaced = ctx.config.decompose.mode == "replace"
     if not replaced and _is_lora(ctx.store.path("adapter")):  # factors in W's place are no change of W
-        ctx.commit("plain-lora", partial(_export_plain, source, ctx.store.path("adapter"), base), False)
+        ctx.commit("plain-lora", partial(_export_plain, source, ctx.store.path("adapter")), False)
         units.append("plain-lora")
     facts = {
         "global_step": outcome.global_step,
@@ -132,9 +123,8 @@ def _has_gpu(use_ray: bool) -> bool:
     return bool(ray.cluster_resources().get("GPU", 0))
 
 
-def _export_plain(source: ModelSource, trained: Path, base: dict[str, Any], directory: Path) -> dict[str, Any]:
+def _export_plain(source: ModelSource, trained: Path, directory: Path) -> dict[str, Any]:
     """What training changed, as a LoRA that stock PEFT applies to the original model."""
     from cluster.export import export_lora
-    from lowrank.adapters.peft_format import load_adapter
 
-    return export_lora(source, load_adapter(trained), directory, None, base)
+    return export_lora(source, trained, directory, None, source.base_facts)

@@ -1,4 +1,4 @@
-"""quantize: every target weight becomes packed NF4 bytes, of W or of the residual W − L·R, one tensor per unit."""
+"""quantize: every target weight becomes packed NF4 bytes, of W or of the residual W − S, one tensor per unit."""
 
 from __future__ import annotations
 
@@ -56,7 +56,14 @@ def run(ctx: Context) -> Outcome:
     return Outcome([*modules, "index"], facts)
 
 
-STAGE = Stage("quantize", 1, ("shard", "decompose"), settings, run, "shards, factors -> packed NF4 and L, R")
+STAGE = Stage(
+    "quantize",
+    1,
+    ("shard", "decompose"),
+    settings,
+    run,
+    "shards, factors -> packed NF4 and the part S that was split off",
+)
 
 
 def quantize_unit(job: QuantizeJob) -> None:
@@ -78,6 +85,7 @@ def _quantize(job: QuantizeJob, directory: Path) -> dict[str, Any]:
         weight,
         factors,
         job.method,
+        structured=config.part == "structured",
         block_size=config.block_size,
         double_quant=config.double_quant,
         max_rank=config.max_rank,
@@ -87,7 +95,8 @@ def _quantize(job: QuantizeJob, directory: Path) -> dict[str, Any]:
     return {
         "module": job.module,
         "shape": list(weight.shape),
-        "split_rank": 0 if split.left is None else int(split.left.shape[1]),
+        "split_rank": 0 if split.part is None else split.part.rank,
+        "part": None if split.part is None else split.part.kind,
         "quantization_error": split.quantization_error,
         "plain_error": split.plain_error,
         "fallback": split.fallback,

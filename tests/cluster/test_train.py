@@ -220,5 +220,5 @@ def test_a_killed_worker_is_replaced_and_the_curve_does_not_show_it(
     pids = {entry["pid"] for entry in job.store.ledger() if entry["event"] == "rank"}
     assert len(pids) == 4
     written = json.loads((outcome.path / "adapter_config.json").read_text())["rankline"]
-    assert job.base_facts.items() <= written.items()
+    assert job.source.base_facts.items() <= written.items()
     assert train(job, on_progress=kill_once) == outcome

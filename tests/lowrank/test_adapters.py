@@ -49,7 +49,7 @@ def obeys_the_dense_form(adapter: Adapter, base: nn.Linear, delta: Tensor) -> bo
 
 def test_every_family_has_samples_and_options() -> None:
     assert set(SAMPLES) == set(FAMILIES) == set(ADAPTER_OPTIONS)
-    assert {name for name, family in FAMILIES.items() if family.takes_split} == TAKES_SPLIT
+    assert {name: family.takes_split for name, family in FAMILIES.items() if family.takes_split} == TAKES_SPLIT
 
 
 def test_patterns_choose_layers_ranks_and_alphas() -> None:

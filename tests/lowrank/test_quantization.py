@@ -13,7 +13,7 @@ from lowrank.blocks import BlockMatrix
 from lowrank.decompositions import decompose
 from lowrank.errors import QuantizationError
 from lowrank.executor import SerialExecutor
-from lowrank.factors import SVDFactors
+from lowrank.factors import LowRankFactors, SVDFactors
 from lowrank.quantization import METHODS, NF4Tensor, quantize_nf4, split_weight
 from lowrank.rank import RankRule
 
@@ -118,7 +118,7 @@ def test_qpissa_is_never_worse_than_plain_nf4_and_reports_truly(kind: str, rank:
     error = float((weight - split.reconstruct()).double().norm()) / norm
     assert split.quantization_error == pytest.approx(error, rel=1e-5, abs=1e-12)
     assert split.quantization_error <= split.plain_error
-    assert split.fallback == (split.left is None)
+    assert split.fallback == (split.part is None)
 
 
 def test_qpissa_halves_the_error_on_a_decaying_spectrum() -> None:
@@ -132,8 +132,7 @@ def test_qpissa_starts_where_the_adapter_puts_it_for_every_alpha() -> None:
     weight = power_law(96, 80)
     factors = factors_of(weight, 8)
     split = split_weight("w", weight, factors, "qpissa")
-    assert split.left is not None
-    assert split.right is not None
+    assert isinstance(split.part, LowRankFactors)
     for scaling in (0.5, 2.0, 32 / 8**0.5):
         lora = factors.to_lora(scaling)
         a, b = lora.a, lora.b
@@ -156,8 +155,7 @@ def test_qpissa_falls_back_when_the_factors_hurt() -> None:
     wrong = factors_of(100 * gaussian((64, 64), seed=9), 8)
     split = split_weight("w", weight, wrong, "qpissa")
     assert split.fallback
-    assert split.left is None
-    assert split.right is None
+    assert split.part is None
     assert split.quantization_error == split.plain_error
     assert torch.equal(split.residual.packed, quantize_nf4(weight).packed)
 

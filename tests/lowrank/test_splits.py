@@ -14,7 +14,7 @@ from lowrank.adapters.base import Layer
 from lowrank.adapters.pairs import initial_pair
 from lowrank.config import AdapterConfig
 from lowrank.errors import QuantizationError
-from lowrank.factors import SVDFactors
+from lowrank.factors import LowRankFactors, SVDFactors
 from lowrank.gguf import GGUFCheckpoint
 from lowrank.quantization import METHODS, SplitWeight, quantize_nf4, split_weight, splits
 from lowrank.quantize_options import QUANTIZE_OPTIONS
@@ -62,10 +62,10 @@ def error_with_alpha(weight: torch.Tensor, split: SplitWeight, alpha: float) -> 
     """‖W − Q − s·B·A‖ with the pair that fine-tuning starts from."""
     assert split.residual is not None
     start = split.residual.dequantize(torch.float32)
-    if split.left is None or split.right is None:
+    if split.part is None:
         return distance(weight, start)
     config = AdapterConfig(r=RANK, lora_alpha=alpha * RANK, init="split")
-    a, b, s = initial_pair(Layer(split.name, split.shape, split=(split.left, split.right)), config)
+    a, b, s = initial_pair(Layer(split.name, split.shape, split=split.part), config)
     assert s == alpha
     return distance(weight, start + s * b @ a)
 
@@ -148,7 +148,7 @@ def test_a_split_is_never_worse_than_nf4_and_reports_truly(method: str, rank: in
     error = distance(weight, split.reconstruct()) / norm
     assert split.quantization_error == pytest.approx(error, rel=1e-5, abs=1e-12)
     assert split.quantization_error <= split.plain_error
-    assert (split.left is None) == (method == "nf4" or split.fallback)
+    assert (split.part is None) == (method == "nf4" or split.fallback)
 
 
 @pytest.mark.parametrize("family", sorted(families.SAMPLES))
@@ -157,8 +157,8 @@ def test_factors_of_any_form_are_split_off(method: str, family: str) -> None:
     weight = families.dense()
     split = split_weight("w", weight, families.fit(family, weight).factors, method, max_rank=6)
     assert not split.fallback
-    assert split.left is not None
-    assert split.left.shape[1] <= 6
+    assert isinstance(split.part, LowRankFactors)
+    assert split.part.rank <= 6
     assert split.quantization_error < split.plain_error
 
 
@@ -172,8 +172,7 @@ def test_it_falls_back_when_nothing_helps(method: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.linalg, "pinv", lambda matrix: 100 * matrix.T)
     split = split_weight("w", weight, factors, method, n_iter=1)
     assert split.fallback
-    assert split.left is None
-    assert split.right is None
+    assert split.part is None
     assert split.packed_factors is None
     assert split.quantization_error == split.plain_error
     assert torch.equal(split.residual.packed, quantize_nf4(weight).packed)
@@ -226,18 +225,18 @@ def test_the_leading_pair_is_that_of_the_svd_on_either_path(
 def test_lplr_keeps_four_bits_of_everything(tmp_path: Path) -> None:
     weight = families.dense(shape=(512, 384))
     split = split_weight("w", weight, low_rank(weight), "lplr", block_size=64)
-    assert split.left is not None
-    assert split.right is not None
+    assert isinstance(split.part, LowRankFactors)
     assert split.packed_factors is not None
     first, second = split.packed_factors
-    assert torch.equal(split.left, first.dequantize().T)
-    assert torch.equal(split.right, second.dequantize())
-    assert split.factor_bytes * 8 < 4.2 * (split.left.numel() + split.right.numel())
+    assert torch.equal(split.part.left, first.dequantize().T)
+    assert torch.equal(split.part.right, second.dequantize())
+    assert split.factor_bytes * 8 < 4.2 * split.part.num_parameters
     save_split(tmp_path, split)
     assert (tmp_path / "split.safetensors").stat().st_size < split.packed_bytes + split.factor_bytes + 2048
     loaded = load_split(tmp_path)
-    assert torch.equal(loaded.left, split.left)
-    assert torch.equal(loaded.right, split.right)
+    assert isinstance(loaded.part, LowRankFactors)
+    assert torch.equal(loaded.part.left, split.part.left)
+    assert torch.equal(loaded.part.right, split.part.right)
     assert torch.equal(loaded.reconstruct(), split.reconstruct())
     assert loaded.factor_bytes == split.factor_bytes
 

@@ -91,8 +91,8 @@ def test_the_quantized_residual_with_its_factors_is_the_initial_model(tmp_path: 
     for spec in shards.architecture.linears:
         split = splits.load(spec.name)
         whole = split.residual.dequantize().float()
-        if split.left is not None and split.right is not None:
-            whole += split.left.float() @ split.right.float()
+        if split.part is not None:
+            whole += split.part.left.float() @ split.part.right.float()
         replaced.get_submodule(spec.name).weight.data = whole.T if spec.transposed else whole
     source = ModelSource(paths["shard"], paths["quantize"], config.finetune.adapter)
     initial = logits_of(build_adapted(source, torch.float32, {"init": None}))

@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from adapter_samples import RANKLESS
 from lines import tiny_pipeline
 
 from lowrank.adapters.registry import FAMILIES
 from pipelines import run
 
-#: Families without a rank.
-RANKLESS = ("krona", "kradapter")
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(300)]
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from lines import is_finished, ledger_lines, store_of, with_changes
 
+from cluster.durable import UnitStore
 from cluster.model import ModelSource, build_adapted, build_variant, initial_adapters
 from lowrank.adapters.peft_format import load_adapter
 from pipelines import run
@@ -146,6 +147,15 @@ def test_the_registered_version_loads_in_stock_peft(whole_line: Any, tmp_path: P
     assert logits_of(build_adapted(source, torch.float32, {"a": version / "adapter"})).isfinite().all()
 
 
+def base_scores(config: Any) -> list[dict[str, Any]]:
+    return [
+        event
+        for directory in sorted((store_of(config).root / "_artifacts" / "scores").iterdir())
+        for event in UnitStore(directory).ledger()
+        if event["event"] == "commit"
+    ]
+
+
 @pytest.mark.slow
 def test_a_worse_version_is_registered_but_the_champion_stays(whole_line: Any) -> None:
     config = with_changes(whole_line.config, decompose={"rank": 1}, finetune={"max_steps": 1, "learning_rate": 1e-3})
@@ -163,6 +173,8 @@ def test_a_worse_version_is_registered_but_the_champion_stays(whole_line: Any) -
 def test_the_gate_stops_the_line(whole_line: Any) -> None:
     # by accuracy the tiny model learns nothing
     config = with_changes(whole_line.config, name="gated", evaluate={"metric": "accuracy"})
+    scored = base_scores(config)
+    assert {event["unit"] for event in scored} >= {"rows-000000-000004", "samples-000000-000003"}
     with pytest.raises(GateError, match=r"^evaluate: the adapter does not improve accuracy .*: false\.$") as e:
         run(config, quiet=True)
     assert exit_code(e.value) == 5
@@ -171,3 +183,4 @@ def test_the_gate_stops_the_line(whole_line: Any) -> None:
     assert record["error"].startswith("GateError: evaluate: ")
     assert set(record["stages"]) == set(STAGES[:5])
     assert is_finished(config, "evaluate")
+    assert base_scores(config) == scored  # what no training changes was not scored again

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_samples import RANKLESS
 from lines import with_changes
 from tiny import write_jsonl
 
 from cluster.durable import UnitStore
+from lowrank.adapters.registry import FAMILIES
 from pipelines import PipelineConfig, run
 from pipelines.config import ModelConfig
 from pipelines.sources import resolve_model
@@ -63,25 +65,29 @@ def test_its_weights_are_read_right(shards: Path) -> None:
     assert "The capital of France is Paris." in tokenizer.decode(answer)
 
 
+def few_rows(root: Path) -> dict[str, str]:
+    """Twelve training rows and six held-out ones."""
+    rows = [
+        {"messages": [{"role": "user", "content": f"{text} ({i})"}, {"role": "assistant", "content": answer}]}
+        for i, (text, answer) in enumerate(REVIEWS * 6)
+    ]
+    return {
+        "train": str(write_jsonl(root / "train.jsonl", rows[:12])),
+        "heldout": str(write_jsonl(root / "heldout.jsonl", rows[12:])),
+    }
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.filterwarnings("ignore")
 def test_the_demo_in_small_ends_at_an_endpoint(ray_head: Any, tmp_path: Path) -> None:
     """`demo.yaml` itself, with few rows and steps, on the session's Ray."""
-    rows = [
-        {"messages": [{"role": "user", "content": f"{text} ({i})"}, {"role": "assistant", "content": answer}]}
-        for i, (text, answer) in enumerate(REVIEWS * 6)
-    ]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    data = {
-        "train": str(write_jsonl(tmp_path / "train.jsonl", rows[:12])),
-        "heldout": str(write_jsonl(tmp_path / "heldout.jsonl", rows[12:])),
-    }
     config = with_changes(
         PipelineConfig.from_yaml(DEMO),
-        data=data,
+        data=few_rows(tmp_path),
         finetune={"max_steps": 2, "global_batch_size": 4, "micro_batch_size": 2},
         evaluate={"metric": "loss"},
         cluster={"address": ray_head.address, "token_file": ray_head.token_file},
@@ -94,3 +100,57 @@ def test_the_demo_in_small_ends_at_an_endpoint(ray_head: Any, tmp_path: Path) ->
     assert result.endpoint is not None
     assert result.endpoint["smoke"]["completion_tokens"] > 0
     assert set(result.endpoint["model_ids"]) == {"base", "small", "small:1"}
+
+
+@pytest.fixture(scope="module")
+def families_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One directory, so that shards, splits and the scores of the base are made once."""
+    return tmp_path_factory.mktemp("families")
+
+
+#: Family, ZeRO stage, base: all families under the demo's stage, those that nobody else has over NF4 under every one.
+EVERY_FAMILY = [(method, 2, "nf4") for method in sorted(FAMILIES)]
+EVERY_STAGE = [
+    (method, stage, base)
+    for method in ("lora", "loha", "lokr", "lokh")
+    for stage in (0, 1, 2, 3)
+    for base in ("nf4", "dense")
+    if (stage, base) != (2, "nf4")
+]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("method", "stage", "base"), [*EVERY_FAMILY, *EVERY_STAGE])
+def test_every_family_runs_on_it_end_to_end(
+    ray_head: Any, families_root: Path, method: str, stage: int, base: str
+) -> None:
+    adapter = {"method": method, "init": "kaiming"} | ({} if method in RANKLESS else {"r": 4})
+    config = with_changes(
+        PipelineConfig.from_yaml(DEMO),
+        name=f"{method}-{stage}-{base}",
+        data=few_rows(families_root),
+        decompose={"rank": 2},
+        quantize={"method": "nf4"},
+        finetune={
+            "adapter": adapter,
+            "base": base,
+            "zero_stage": stage,
+            "allow_zero3_quantized": True,
+            "num_workers": 1,
+            "max_steps": 2,
+            "global_batch_size": 2,
+            "learning_rate": 1e-3,
+        },
+        evaluate={"must_improve": False, "max_rows": 4},
+        cluster={"address": ray_head.address, "token_file": ray_head.token_file},
+        serve={"enabled": False},
+        store={"path": str(families_root / "store")},
+    )
+    result = run(config, quiet=True)
+    losses = result.summary["losses"]
+    assert losses["nf4_init"] == pytest.approx(losses[base], abs=5e-3)
+    assert math.isfinite(losses["adapter"])
+    assert losses["adapter"] != losses["nf4_init"]
+    assert result.summary["stages"]["finetune"]["facts"]["zero_stage"] == stage
