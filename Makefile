@@ -71,7 +71,7 @@ bench: $(VENV)/.bench-$(LOCK)  ## measure the line against its peers
 bench-decompositions: $(VENV)/.bench-$(LOCK) $(PEERS)/.installed  ## measure the decompositions against their peers
 	$(BIN)/python benchmarks/decompositions.py $(JOBS)
 
-bench-adapters: $(VENV)/.bench-$(LOCK)  ## measure the adapter families against their peers
+bench-adapters: $(VENV)/.bench-$(LOCK) data/gsm8k/train.jsonl  ## measure the adapter families against their peers
 	$(BIN)/python benchmarks/adapters.py $(JOBS)
 
 compare: $(VENV)/.bench-$(LOCK) data/reviews/train.jsonl  ## train every adapter family on one task by one recipe (about an hour)

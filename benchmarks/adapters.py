@@ -12,8 +12,8 @@ from pathlib import Path
 
 from harness import keep_memory, main
 
-PARTS = ("adapter_layers", "nf4")
-PACKAGES = ["torch", "peft", "bitsandbytes"]
+PARTS = ("adapter_layers", "nf4", "training")
+PACKAGES = ["torch", "peft", "bitsandbytes", "transformers", "accelerate", "deepspeed"]
 
 if __name__ == "__main__":
     keep_memory()

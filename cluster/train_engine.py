@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.family_hooks import hooks_of
 from cluster.training_state import MOMENTS, active_adapters, gather, host, restore, trained_parameters
 from cluster.whole_gradients import GradientRule, WholeGradients
-from cluster.zero import PERSISTENT, deepspeed_config, effective_stage, zero_stage
+from cluster.zero import PERSISTENT, deepspeed_config, effective_stage, reduce_bucket, zero_stage
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -178,6 +178,7 @@ def build_engine(
         plain=optimizer.plain,
         clips=whole is None,
         persistent=_persistent(model, parameters),
+        bucket=reduce_bucket([parameter.numel() for parameter in parameters.values()]),
     )
     engine = _initialize(model, _groups(parameters, optimizer), settings, job.use_gpu)
     if state is not None:

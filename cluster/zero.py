@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +17,11 @@ Plain = Literal["AdamW", "SGD"]
 
 #: Numbers of an adapter tensor up to which ZeRO-3 keeps it whole on every rank.
 PERSISTENT = 10_000
+
+#: Numbers that ZeRO reduces at a time: at most, and at least (1 MiB in fp32: smaller messages are all latency).
+_BUCKET, _LEAST_BUCKET = 50_000_000, 2**18
+#: Buckets that the gradient is reduced in. Every rank holds one of them beside its partition.
+_BUCKETS = 8
 
 #: fp32 numbers per trained one that every rank holds whole at a step: gradient, direction, value, own moments (those of
 #: GaLore at a rank of a quarter of the smaller side: 2/4, and its projectors 1/4).
@@ -70,6 +75,19 @@ def check_optimizer(config: FinetuneConfig) -> None:
         raise TrainError(f"plan finetune: finetune.optimizer {problem}")
 
 
+def reduce_bucket(sizes: Sequence[int]) -> int:
+    """Numbers to reduce at a time: an adapter's whole gradient is smaller than one of the buckets of full training.
+
+    Args:
+        sizes: Numbers of every trained tensor.
+
+    Example:
+        >>> reduce_bucket([4608] * 420), reduce_bucket([10**8] * 9)
+        (262144, 50000000)
+    """
+    return min(_BUCKET, max(_LEAST_BUCKET, sum(sizes) // _BUCKETS, *sizes))
+
+
 def effective_stage(stage: int, dtype: str) -> int:
     """The stage that runs for the planned one: 1 in place of 0 in bfloat16.
 
@@ -89,6 +107,7 @@ def deepspeed_config(
     plain: Plain = "AdamW",
     clips: bool = True,
     persistent: int = PERSISTENT,
+    bucket: int = _BUCKET,
 ) -> dict[str, Any]:
     """The DeepSpeed JSON.
 
@@ -101,6 +120,7 @@ def deepspeed_config(
         plain: What steps the partitions; `lowrank.optimizers.base.Optimizer.plain`.
         clips: Whether DeepSpeed clips the gradient; off where the loop clips it before it redirects it.
         persistent: ZeRO-3 keeps tensors of up to this many numbers whole on every rank.
+        bucket: Numbers that are reduced at a time, from `reduce_bucket`; DeepSpeed allocates all of it.
 
     Raises:
         TrainError: `finetune.deepspeed` sets a key that a field of `finetune` sets.
@@ -115,7 +135,7 @@ def deepspeed_config(
         "optimizer": _optimizer(config, plain),
         # DeepSpeed knows Adam's kin only; plain SGD has no state that a partition could break.
         "zero_allow_untested_optimizer": plain == "SGD",
-        "zero_optimization": _zero_block(stage, persistent),
+        "zero_optimization": _zero_block(stage, persistent, bucket),
         "bf16": {"enabled": dtype == "bfloat16"},
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
@@ -138,21 +158,21 @@ def _optimizer(config: FinetuneConfig, plain: Plain) -> dict[str, Any]:
     return {"type": plain, "params": params}
 
 
-def _zero_block(stage: int, persistent: int) -> dict[str, Any]:
+def _zero_block(stage: int, persistent: int, bucket: int) -> dict[str, Any]:
     if stage == 0:
         return {"stage": 0}
     block: dict[str, Any] = {
         "stage": stage,
         "overlap_comm": False,
         "contiguous_gradients": True,
-        "reduce_bucket_size": 50_000_000,
-        "allgather_bucket_size": 50_000_000,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": _BUCKET,
     }
     if stage == 3:
         block |= {
             # Small tensors (norms, LoRA factors of narrow layers) stay whole: gathering them costs more than they do.
             "stage3_param_persistence_threshold": persistent,
-            "stage3_prefetch_bucket_size": 50_000_000,
+            "stage3_prefetch_bucket_size": _BUCKET,
             "stage3_max_live_parameters": 1_000_000_000,
         }
     return block

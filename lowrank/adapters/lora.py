@@ -50,7 +50,8 @@ class LoRA(Adapter):
 
     def delta(self, x: Tensor) -> Tensor:
         """s·B·A·x for x (..., n): (..., m), in the dtype of x."""
-        return F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype)) * self.scaling
+        # s meets the r numbers of a token: over m of them it would cost as much as the second product.
+        return F.linear(F.linear(x, self.lora_a.to(x.dtype)) * self.scaling, self.lora_b.to(x.dtype))
 
     def delta_weight(self, weight: Tensor | None = None) -> Tensor:
         """s·B·A (m, n)."""

@@ -17,6 +17,7 @@ from cluster.zero import (
     effective_stage,
     estimate_memory,
     merge,
+    reduce_bucket,
     zero_stage,
 )
 from lowrank.config import AdapterConfig
@@ -47,6 +48,17 @@ def test_zero3_over_nf4_needs_its_flag() -> None:
     with pytest.raises(TrainError, match=r"zero_stage is 3 over an NF4 base.*allow_zero3_quantized = true"):
         zero_stage(config, "nf4", True)
     assert zero_stage(dataclasses.replace(config, allow_zero3_quantized=True), "nf4", True) == 3
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_buckets_fit_the_adapter(stage: int) -> None:
+    sizes = [4608, 12288] * 200  # a LoRA of rank 8: its whole gradient is far below a bucket of full training
+    bucket = reduce_bucket(sizes)
+    assert max(sizes) <= bucket <= max(2**18, sum(sizes) // 8)
+    assert reduce_bucket([3_000_000]) == 3_000_000  # no tensor is larger than its bucket
+    assert reduce_bucket([2**30] * 2) == 50_000_000
+    made = deepspeed_config(FinetuneConfig(), stage=stage, world=2, dtype="float32", bucket=bucket)
+    assert made["zero_optimization"]["reduce_bucket_size"] == bucket
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
