@@ -254,7 +254,7 @@ def _adapter_problems(config: PipelineConfig) -> Iterator[str]:
     """Options that the family does not know, patterns that are no regular expression, starts that the base has not."""
     adapter = config.finetune.adapter
     yield from _option_problems(ADAPTER_OPTIONS[adapter.method], adapter.options, "finetune", "adapter", "options")
-    for field_name in ("target_modules", "rank_pattern", "alpha_pattern"):
+    for field_name in ("target_modules", "rank_pattern", "alpha_pattern", "modules_to_save"):
         for pattern in getattr(adapter, field_name) or ():
             try:
                 re.compile(pattern)
