@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lowrank.adapters.base import Adapter
+    from cluster.tokens import TokenTable
 
+#: Held-out rows that an export is scored on.
+_LOSS_ROWS = 64
 Onto = Literal["trained", "original"]
 
 
@@ -107,6 +110,66 @@ def export_merged(source: ModelSource, adapter_dir: Path, out: Path, onto: Onto)
         "change": sum(moved) / len(moved),
         "requantization_error": sum(requantized) / len(requantized),
     }
+
+
+def losses_over_original(source: ModelSource, adapter_dir: Path, exported: Path, tokens: Path) -> dict[str, Any]:
+    """What an export over the original dense weights costs where training ran over quantized ones.
+
+    Args:
+        source: shards, splits and configuration of the run.
+        adapter_dir: the trained adapter, in PEFT's format.
+        exported: what `export_lora` or `export_merged` wrote.
+        tokens: `tokens.parquet` of held-out rows, of which the first 64 are read.
+
+    Returns:
+        loss_trained of the model that was trained (Q + s·B·A), loss_exported of what was exported, both in nats per
+        answer token in fp32, and loss_rows, the number of rows.
+    """
+    import torch
+
+    from cluster.model import build_adapted
+    from cluster.tokens import TokenTable
+
+    table = TokenTable.read(tokens).head(_LOSS_ROWS)
+    trained = _mean_loss(build_adapted(source, torch.float32, {"trained": adapter_dir}), table)
+    return {
+        "loss_trained": trained,
+        "loss_exported": _mean_loss(_over_original(source, exported), table),
+        "loss_rows": len(table),
+    }
+
+
+def _over_original(source: ModelSource, exported: Path) -> PreTrainedModel:
+    """The model that whoever gets the export will run."""
+    import torch
+
+    from lowrank.adapters.peft_format import CONFIG, load_adapter
+
+    if not (exported / CONFIG).is_file():
+        from transformers import AutoModelForCausalLM
+
+        merged: PreTrainedModel = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
+        return merged.eval()
+    shards = ShardSet(source.shards)
+    model = build_dense(shards, torch.float32)
+    layers = load_adapter(exported)
+    add_to_weights(model, shards, {module: layer.delta_weight().detach() for module, layer in layers.items()})
+    _put_saved(model, exported)
+    return model
+
+
+def _mean_loss(model: PreTrainedModel, table: TokenTable) -> float:
+    """Mean NLL of the answer tokens, in nats."""
+    import torch
+
+    from cluster.answer_loss import answer_nll
+    from cluster.batches import collate
+
+    nll = 0.0
+    with torch.no_grad():
+        for row in range(len(table)):
+            nll += float(answer_nll(model, collate([[row]], table)))
+    return nll / sum(table.num_answer_tokens)
 
 
 def _put_saved(model: PreTrainedModel, adapter_dir: Path) -> None:

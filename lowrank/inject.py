@@ -101,7 +101,8 @@ def _check_shapes(name: str, base: nn.Module, adapters: Mapping[str, Adapter]) -
         weight = base.get_parameter("weight")
         shape = weight.shape[1], weight.shape[0]
     for adapter_name, adapter in adapters.items():
-        if tuple(adapter.shape) != shape:
+        # PEFT's VeRA files do not tell n, which is then 0 here.
+        if any(size not in (0, there) for size, there in zip(adapter.shape, shape, strict=True)):
             raise AdapterError(
                 f"inject adapter {adapter_name!r}: it is for a {adapter.shape[0]}x{adapter.shape[1]} layer, {name} is "
                 f"{shape[0]}x{shape[1]}. Load it onto the model that it was trained for."

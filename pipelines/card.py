@@ -197,7 +197,10 @@ def _lineage(tags: Mapping[str, str]) -> str:
 
 
 def _limitations(config: PipelineConfig, evaluation: Mapping[str, Any]) -> str:
-    plain = "`plain_lora/` over the original model is a different sum of the same change; it was not evaluated here."
+    plain = "`plain_lora/` over the original model is a different sum of the same change."
+    if losses := evaluation.get("plain_lora"):
+        change = losses["loss_exported"] - losses["loss_trained"]
+        plain += f" On {losses['loss_rows']} held-out rows its loss differs by {change:+.4f} from the adapter's."
     replaced = config.decompose.mode == "replace"
     notes = [
         "The figures are those of the adapter over the quantized base. " + ("" if replaced else plain),

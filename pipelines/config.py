@@ -257,7 +257,7 @@ def _adapter_problems(config: PipelineConfig) -> Iterator[str]:
     yield from _option_problems(ADAPTER_OPTIONS[adapter.method], adapter.options, "finetune", "adapter", "options")
     if adapter.method == "full" and (problem := full_problem(adapter)) is not None:
         yield f"finetune.adapter.{problem}"
-    for field_name in ("target_modules", "rank_pattern", "alpha_pattern"):
+    for field_name in ("target_modules", "rank_pattern", "alpha_pattern", "modules_to_save"):
         for pattern in getattr(adapter, field_name) or ():
             try:
                 re.compile(pattern)

@@ -47,6 +47,8 @@ def export(store_dir: Path, run: str, out: Path, format: str, max_rank: int | No
             from cluster.export import export_merged
 
             facts = export_merged(source, adapter, written, "original" if onto == "original" else "trained")
+        if source.base == "nf4" and (format == "lora" or onto == "original"):
+            facts |= _losses(store_dir, run, source, adapter, written)
         shutil.move(written, out)
     return {"run": run, "format": format, "out": str(out)} | facts
 
@@ -62,6 +64,17 @@ def _finished(store_dir: Path, run: str) -> tuple[PipelineConfig, ModelSource, P
     if "finetune" not in keys or store.read_manifest("finetune", keys["finetune"]) is None:
         raise ArtifactError(f"export {run!r}: its finetune stage is not finished. Run `rankline resume {run}`.")
     return config, model_source(config, store, keys), store.units("finetune", keys["finetune"]).path("adapter")
+
+
+def _losses(store_dir: Path, run: str, source: ModelSource, adapter: Path, written: Path) -> dict[str, Any]:
+    """Held-out losses of the trained and the exported model; nothing before `evaluate` has read held-out rows."""
+    from cluster.export import losses_over_original
+    from pipelines import workflow
+
+    units = Store(store_dir).units("evaluate", workflow.read_record(store_dir / run)["keys"]["evaluate"])
+    if not units.is_committed("tokens"):
+        return {}
+    return losses_over_original(source, adapter, written, units.path("tokens") / "tokens.parquet")
 
 
 def _lora(

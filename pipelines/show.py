@@ -211,8 +211,14 @@ def exported(facts: dict[str, Any]) -> None:
     if facts["format"] == "lora":
         kept = f"{100 * facts['retained_energy_mean']:.2f} % (least {100 * facts['retained_energy_min']:.2f} %)"
         print(f"rank {facts['rank']}, kept of the change's energy: {kept}")
-        return
-    print(
-        f"relative change of a weight {facts['change']:.4f}; quantizing the result to NF4 again would cost "
-        f"{facts['requantization_error']:.4f}"
-    )
+    else:
+        print(
+            f"relative change of a weight {facts['change']:.4f}; quantizing the result to NF4 again would cost "
+            f"{facts['requantization_error']:.4f}"
+        )
+    if "loss_trained" in facts:
+        before, after = facts["loss_trained"], facts["loss_exported"]
+        print(
+            f"held-out loss over the original weights {after:.4f}, of the model as it was trained {before:.4f} "
+            f"({after - before:+.4f}; {facts['loss_rows']} rows)"
+        )

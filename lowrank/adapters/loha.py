@@ -131,6 +131,25 @@ class LoHA(AddedInPlace):
         return cls((w1_a, w1_b), (w2_a, w2_b), scaling, dropout_of(config))
 
     @classmethod
+    def load_all(
+        cls, tensors: Mapping[str, Mapping[str, Tensor]], shared: Mapping[str, Tensor], config: Mapping[str, Any]
+    ) -> dict[str, Self]:
+        """The adapters of a file; a LyCORIS `alpha` of a module says that its s is that over r."""
+        if not tensors:
+            raise AdapterError(
+                f"load {cls.peft_type}: no tensor is named base_model.model.<module>.{cls.prefix}...; got "
+                f"{sorted(shared)[:2]}. Rename the tensors of a LyCORIS file (its `alpha` ones too) by the modules of "
+                "the model."
+            )
+        adapters = {module: cls.from_tensors(module, named, config) for module, named in tensors.items()}
+        with torch.no_grad():
+            for module, adapter in adapters.items():
+                if f"{module}.alpha" in shared:
+                    # Saved again, the file has PEFT's scale: the difference goes into a factor.
+                    adapter.w1_a.mul_(float(shared[f"{module}.alpha"]) / adapter.r / adapter.scaling)
+        return adapters
+
+    @classmethod
     def stored_scaling(cls, module: str, r: int, config: Mapping[str, Any]) -> float:
         """s of a stored layer of rank r."""
         return scaling_from(config, module, r, "alpha")

@@ -152,12 +152,29 @@ def load_adapter(directory: Path, base: Mapping[str, Any] | None = None) -> dict
             raise AdapterError(f"load adapter {directory}: {error}") from error
     try:
         return dict(family.load_all(layers, shared, config))
-    except (KeyError, TypeError, ValueError) as error:
-        lacking = {module: sorted(named) for module, named in list(layers.items())[:1]}
+    except (AdapterError, KeyError, TypeError, ValueError) as error:
+        module = _first_that_fails(family, layers, shared, config)
+        problem = str(error) if isinstance(error, AdapterError) else f"no {config['peft_type']} adapter ({error!r})"
+        held = {name: tuple(tensor.shape) for name, tensor in sorted(layers.get(module, shared).items())}
         raise AdapterError(
-            f"load adapter {directory}: no {config['peft_type']} adapter ({error!r}); its first module holds "
-            f"{lacking}. Save it again."
+            f"load adapter {directory}: {module or 'all layers'}: {problem} Its tensors are {held}. Save it again, "
+            "with the configuration that it was trained with."
         ) from error
+
+
+def _first_that_fails(
+    family: type[Adapter],
+    layers: Mapping[str, Mapping[str, Tensor]],
+    shared: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+) -> str:
+    """The first module that does not load alone; empty where all do."""
+    for module, named in layers.items():
+        try:
+            family.load_all({module: named}, shared, config)
+        except (AdapterError, KeyError, TypeError, ValueError):
+            return module
+    return ""
 
 
 def load_saved_modules(directory: Path) -> dict[str, dict[str, Tensor]]:

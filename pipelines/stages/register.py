@@ -63,7 +63,12 @@ def run(ctx: Context) -> Outcome:
 
 
 STAGE = Stage(
-    "register", 1, ("decompose", "quantize", "finetune", "evaluate"), settings, run, "adapter -> MLflow model version"
+    "register",
+    2,
+    ("shard", "decompose", "quantize", "finetune", "evaluate"),
+    settings,
+    run,
+    "adapter -> MLflow model version",
 )
 
 
@@ -99,6 +104,15 @@ def refusal(evaluation: Mapping[str, Any], tags: Mapping[str, str], metric: str,
     return f"its {metric} {float(theirs):.4f} is better than {float(ours):.4f}" if worse else ""
 
 
+def _plain_losses(ctx: Context, plain: Path) -> dict[str, Any]:
+    """What `plain_lora/` costs over the original weights, on held-out rows."""
+    from cluster.export import losses_over_original
+
+    tokens = ctx.inputs["evaluate"] / "units" / "tokens" / "tokens.parquet"
+    adapter = ctx.inputs["finetune"] / "units" / "adapter"
+    return losses_over_original(ctx.model_source(), adapter, plain, tokens)
+
+
 def _write_bundle(
     ctx: Context, evaluation: Mapping[str, Any], tags: Mapping[str, str], directory: Path
 ) -> dict[str, Any]:
@@ -107,6 +121,8 @@ def _write_bundle(
         if not (finetune / unit).is_dir():
             continue
         shutil.copytree(finetune / unit, directory / name, ignore=shutil.ignore_patterns("unit.json", "sidecar.json"))
+    if (directory / "plain_lora").is_dir() and ctx.config.finetune.base == "nf4":
+        evaluation = {**evaluation, "plain_lora": _plain_losses(ctx, directory / "plain_lora")}
     (directory / "lineage.json").write_text(json.dumps(dict(tags), indent=2, sort_keys=True))
     (directory / "evaluation.json").write_text(json.dumps(evaluation, indent=2, sort_keys=True))
     (directory / "README.md").write_text(model_card(ctx.config, evaluation, tags))

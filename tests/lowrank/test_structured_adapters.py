@@ -167,10 +167,24 @@ def test_a_lycoris_file_keeps_its_own_scale(r: int, scale: float, tmp_path: Path
     torch.testing.assert_close(load_adapter(tmp_path)[MODULE].delta_weight(), expected)
 
 
-def test_a_file_with_names_of_lycoris_is_refused(tmp_path: Path) -> None:
-    config = AdapterConfig(method="lokr", r=2)
-    save_adapter(tmp_path, {MODULE: initial("lokr", (24, 36), r=2)}, config, {"name": "tiny"})
-    save_file({"lycoris_layers_0_q_proj.lokr_w1": torch.ones(2, 2)}, tmp_path / "adapter_model.safetensors")
+def test_a_lycoris_loha_has_its_alpha_over_r(tmp_path: Path) -> None:
+    config = AdapterConfig(method="loha", r=2, lora_alpha=10.0)
+    adapter = randomize(initial("loha", (24, 36), r=2, lora_alpha=10.0), 0.5)
+    save_adapter(tmp_path, {MODULE: adapter}, config, {"name": "tiny"})
+    file = tmp_path / "adapter_model.safetensors"
+    save_file(load_file(file) | {f"base_model.model.{MODULE}.alpha": torch.tensor(3.0)}, file)
+    loaded = load_adapter(tmp_path)[MODULE]
+    expected = adapter.delta_weight() * (3.0 / 2) / (10.0 / 2)
+    torch.testing.assert_close(loaded.delta_weight(), expected)
+    save_adapter(tmp_path, {MODULE: loaded}, config, {"name": "tiny"})
+    torch.testing.assert_close(load_adapter(tmp_path)[MODULE].delta_weight(), expected)
+
+
+@pytest.mark.parametrize(("method", "tensor"), [("lokr", "lokr_w1"), ("loha", "hada_w1_a")])
+def test_a_file_with_names_of_lycoris_is_refused(method: str, tensor: str, tmp_path: Path) -> None:
+    config = AdapterConfig(method=method, r=2)  # type: ignore[arg-type]
+    save_adapter(tmp_path, {MODULE: initial(method, (24, 36), r=2)}, config, {"name": "tiny"})
+    save_file({f"lycoris_layers_0_q_proj.{tensor}": torch.ones(2, 2)}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(AdapterError, match="Rename the tensors of a LyCORIS file"):
         load_adapter(tmp_path)
 

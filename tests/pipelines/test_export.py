@@ -70,7 +70,13 @@ def test_a_lora_loads_in_peft_and_equals_the_merge_into_the_original(
     facts = export(whole_line, tmp_path / "l", capsys=capsys)
     assert facts["rank"] in (1, 8, 16, 32, 64)
     assert facts["retained_energy_min"] == 1
-    export(whole_line, tmp_path / "m", "--format", "merged", "--onto", "original", capsys=capsys)
+    keys = {stage.name: stage.key for stage in whole_line.result.stages}
+    summary = store_of(whole_line.config).units("evaluate", keys["evaluate"]).read("summary").facts
+    assert facts["loss_rows"] == summary["adapter"]["num_rows"]
+    assert facts["loss_trained"] == pytest.approx(summary["adapter"]["loss"], abs=1e-4)
+    assert facts["loss_exported"] != facts["loss_trained"]
+    onto = export(whole_line, tmp_path / "m", "--format", "merged", "--onto", "original", capsys=capsys)
+    assert onto["loss_exported"] == pytest.approx(facts["loss_exported"], abs=1e-5)
     by_peft = logits_of(PeftModel.from_pretrained(original(whole_line), tmp_path / "l"))
     merged = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32))
     torch.testing.assert_close(by_peft, merged, atol=1e-4, rtol=0)

@@ -8,12 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_samples import RANKLESS
+from adapter_samples import RANKLESS, randomize
 from lines import with_changes
 from tiny import write_jsonl
 
 from cluster.durable import UnitStore
-from lowrank.adapters.registry import FAMILIES
+from lowrank.adapters.base import Adapter, Layer
+from lowrank.adapters.export import VLLM_RANKS, as_lora
+from lowrank.adapters.peft_format import load_adapter, save_adapter
+from lowrank.adapters.registry import FAMILIES, initial_adapters
+from lowrank.config import AdapterConfig
+from lowrank.inject import inject, set_active
 from pipelines import PipelineConfig, run
 from pipelines.config import ModelConfig
 from pipelines.sources import resolve_model
@@ -63,6 +68,77 @@ def test_its_weights_are_read_right(shards: Path) -> None:
     prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert "The capital of France is Paris." in tokenizer.decode(answer)
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        found: torch.Tensor = model.eval()(input_ids=torch.arange(1000, 1032)[None], use_cache=False).logits
+    return found
+
+
+def random_adapters(model: Any, method: str) -> tuple[dict[str, Adapter], AdapterConfig]:
+    """Random factors on the first and the last layer's q_proj and down_proj, of a size that shows in the logits."""
+    targets = [r"layers\.(0|29)\..*(q|down)_proj"]
+    config = AdapterConfig(method=method, r=3, init="kaiming", lora_alpha=6.0, target_modules=targets)  # type: ignore[arg-type]
+    linears = [(name, module) for name, module in model.named_modules() if name.endswith("_proj")]
+    layers = [
+        Layer(name, tuple(module.weight.shape), index, lambda module=module: module.weight.detach())
+        for index, (name, module) in enumerate(linears)
+    ]
+    made = initial_adapters(layers, config)
+    for seed, adapter in enumerate(made.values()):
+        randomize(adapter, 0.2, seed)
+    assert len(made) == 4
+    return made, config
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", ["lora", "adalora", "vera", "hira", "loha", "lokr"])
+def test_peft_and_we_read_each_others_adapters_of_it(shards: Path, method: str, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    from cluster.artifacts import ShardSet
+    from cluster.model import build_dense
+
+    ours = build_dense(ShardSet(shards), torch.float32)
+    plain = logits_of(ours)
+    made, config = random_adapters(ours, method)
+    save_adapter(tmp_path / "ours", made, config, {"name": "smollm2"})
+    by_peft = PeftModel.from_pretrained(build_dense(ShardSet(shards), torch.float32), tmp_path / "ours")
+    by_peft.save_pretrained(tmp_path / "theirs")
+    theirs = load_adapter(tmp_path / "theirs")
+    inject(ours, {module: {"ours": adapter, "theirs": theirs[module]} for module, adapter in made.items()}, "ours")
+    expected = logits_of(by_peft)
+    assert (expected - plain).abs().max() > 0.1
+    torch.testing.assert_close(logits_of(ours), expected, rtol=1e-4, atol=1e-4)
+    set_active(ours, "theirs")
+    torch.testing.assert_close(logits_of(ours), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", ["lokh"])
+def test_families_of_our_own_load_in_peft_as_lora(shards: Path, method: str, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    from cluster.artifacts import ShardSet
+    from cluster.model import build_dense
+
+    ours = build_dense(ShardSet(shards), torch.float32)
+    plain = logits_of(ours)
+    made, _ = random_adapters(ours, method)
+    exported = as_lora(made, None, 64)
+    assert exported.rank in VLLM_RANKS
+    plain_lora = AdapterConfig(r=exported.rank, lora_alpha=float(exported.rank), init="kaiming")
+    save_adapter(tmp_path, exported.layers, plain_lora, {"name": "smollm2", "base": "dense"})
+    inject(ours, {module: {"a": adapter} for module, adapter in made.items()}, "a")
+    expected = logits_of(ours)
+    assert (expected - plain).abs().max() > 0.1
+    by_peft = logits_of(PeftModel.from_pretrained(build_dense(ShardSet(shards), torch.float32), tmp_path))
+    torch.testing.assert_close(by_peft, expected, rtol=1e-4, atol=1e-4)
 
 
 def few_rows(root: Path) -> dict[str, str]:
