@@ -209,7 +209,7 @@ STRUCTURED_WEIGHTS = [
 ]
 #: Decomposition, rank (None has none) and options of the parts.
 STRUCTURED_PARTS: dict[str, tuple[str, int | None, dict[str, Any]]] = {
-    "Hadamard, r = 8": ("hadamard", 8, {}),
+    "Hadamard, r = 8, 20 sweeps": ("hadamard", 8, {"n_iter": 20}),
     "Kronecker, W1 of 4x4": ("kronecker", 1, {"shape": (4, 4)}),
     "low-rank Khatri-Rao, r = 12": ("khatri_rao_low_rank", 12, {}),
     "Khatri-Rao, two free factors": ("khatri_rao", None, {}),
