@@ -201,6 +201,52 @@ def split_errors() -> list[Row]:
     ]
 
 
+#: One square, one flat and both MLP shapes, early and late.
+STRUCTURED_WEIGHTS = [
+    f"model.layers.{layer}.{name}"
+    for layer in (3, 26)
+    for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.down_proj")
+]
+#: Decomposition, rank (None has none) and options of the parts.
+STRUCTURED_PARTS: dict[str, tuple[str, int | None, dict[str, Any]]] = {
+    "Hadamard, r = 8, 20 sweeps": ("hadamard", 8, {"n_iter": 20}),
+    "Kronecker, W1 of 4x4": ("kronecker", 1, {"shape": (4, 4)}),
+    "low-rank Khatri-Rao, r = 12": ("khatri_rao_low_rank", 12, {}),
+    "Khatri-Rao, two free factors": ("khatri_rao", None, {}),
+}
+
+
+def structured_split_errors() -> list[Row]:
+    """‖W − Q − S‖ / ‖W‖ of eight weights of SmolLM2, one round, against L R of no more numbers in the place of S."""
+    from jobs_svd import ours, smollm_weights
+
+    from lowrank.blocks import BlockMatrix
+    from lowrank.decompositions import decompose
+    from lowrank.executor import SerialExecutor
+    from lowrank.quantization import split_weight
+    from lowrank.rank import RankRule
+
+    weights = {name: w for name, w in smollm_weights().items() if name in STRUCTURED_WEIGHTS}
+    rows = []
+    for label, (method, rank, options) in STRUCTURED_PARTS.items():
+        mine, pairs, plain, kept = [], [], [], 0
+        for name, w in weights.items():
+            rule = RankRule(rank=rank) if rank else None
+            block = BlockMatrix.from_tensor(name, w)
+            factors = decompose(block, method=method, rule=rule, executor=SerialExecutor(), **options).factors
+            split = split_weight(name, w, factors, structured=True)
+            equal = max(1, factors.num_parameters // sum(w.shape))
+            pairs.append(split_weight(name, w, ours(w, rank=equal)()).quantization_error)
+            mine.append(split.quantization_error)
+            plain.append(split.plain_error)
+            kept += split.part is not None
+        mean, peer, alone = (sum(found) / len(found) for found in (mine, pairs, plain))
+        note = f"NF4 alone {alone:.5f}; kept in {kept} of {len(weights)} weights"
+        facts = {"error_ours": mean, "error_peer": peer, "note": note}
+        rows.append(row(f"structured split: {label}", "L R of as many numbers", mean / peer, 0.0, **facts))
+    return rows
+
+
 def _error(w: Tensor, split: Any) -> float:
     """With the pair that fine-tuning starts from."""
     from lowrank.adapters.base import Layer
@@ -236,4 +282,5 @@ JOBS: dict[str, Callable[[], list[Row]]] = {
     "nf4_linear": linear,
     "nf4_training": training,
     "nf4_split_errors": split_errors,
+    "structured_split_errors": structured_split_errors,
 }

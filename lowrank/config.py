@@ -112,7 +112,7 @@ class AdapterConfig:
     """Which of the decomposed layers get an adapter: regular expressions of the end of a module's name; null is all.
     The others stay frozen as quantize left them, which needs quantize.method `nf4`."""
     r: Annotated[int, Ge(1)] | None = None
-    """Rank. Null takes the rank of the split (`init: split`) per tensor, else 16."""
+    """Rank. Null takes the rank of the split (`init: split`) per tensor, else 16 or the largest that is less."""
     lora_alpha: Annotated[float, Gt(0)] = 16.0
     """α of the scaling s = α/r, or α/√r with `use_rslora`."""
     use_rslora: bool = False
@@ -127,9 +127,9 @@ class AdapterConfig:
     """Modules that are trained whole beside the adapter and saved with it (`lm_head`, `norm`, `embed_tokens`): regular
     expressions of the end of a module's name; null is none. Quantized or adapted layers cannot be among them."""
     init: Literal["split", "kaiming", "gaussian", "orthogonal", "pissa", "milora", "olora"] = "split"
-    """`split` starts from the L and R that quantize kept (A Kaiming, B = 0 where it fell back). `kaiming` and
-    `gaussian` start at ΔW = 0. `pissa`, `milora` and `olora` take their pair out of a dense base. Families that are no
-    pair have a start of their own and read this as `kaiming`."""
+    """`split` starts from the part that quantize kept (at ΔW = 0 where it fell back). `kaiming` and `gaussian` start at
+    ΔW = 0. `pissa`, `milora` and `olora` take their pair out of a dense base. Families that are no pair have a start of
+    their own where there is no part, and read this as `kaiming`."""
     options: dict[str, Any] = field(default_factory=dict, hash=False)
     """The family's own options, for example `factor` of `lokr`."""
     seed: int = 0

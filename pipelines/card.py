@@ -92,7 +92,9 @@ def _base(config: PipelineConfig) -> str:
         return f"It holds the target layers themselves: their {config.decompose.method} factors, healed by training."
     if config.finetune.base == "dense":
         return "It was trained over the original dense weights."
-    residual = f"the residual of a low-rank split W = L·R + E, with E in NF4 ({_SPLITS.get(config.quantize.method)})"
+    product = config.quantize.part == "structured"
+    split = f"split W = S + E with S a {config.decompose.method} product" if product else "low-rank split W = L·R + E"
+    residual = f"the residual of a {split}, with E in NF4 ({_SPLITS.get(config.quantize.method)})"
     stored = residual if config.quantize.method in _SPLITS else "NF4"
     return f"It was trained over a 4-bit base: every target layer is stored as {stored}."
 
@@ -140,7 +142,7 @@ def _usage(config: PipelineConfig) -> str:
     hub = config.model.source.startswith("hub:")
     name = base_model(config) if hub else "PATH_OF_THE_ORIGINAL_MODEL"
     revision = f", revision={config.model.revision!r}" if hub and config.model.revision else ""
-    split = ", whose initial factors L and R it replaces" if config.finetune.adapter.init == "split" else ""
+    split = ", whose initial factors it replaces" if config.finetune.adapter.init == "split" else ""
     return f"""\
 - `plain_lora/` loads over the **original** model with stock PEFT. It is the change since initialisation, as a LoRA of
   twice the rank.

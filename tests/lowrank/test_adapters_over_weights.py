@@ -17,6 +17,7 @@ from lowrank.adapters.registry import initial_adapters
 from lowrank.adapters.vera import VeRA
 from lowrank.config import AdapterConfig
 from lowrank.errors import AdapterError
+from lowrank.factors import LowRankFactors
 from lowrank.inject import AdaptedLinear
 from lowrank.linear import NF4Linear, ZeroLinear
 from lowrank.quantization.nf4 import quantize_nf4
@@ -80,7 +81,7 @@ def test_dora_leaves_rows_of_zeros_alone() -> None:
 def test_dora_starts_from_a_split_with_nothing_else_changed() -> None:
     left, right = torch.randn(24, 2), torch.randn(2, 36)
     residual = weight_of(SHAPE).float() - left @ right
-    adapter = one("dora", Layer("m", SHAPE, 0, lambda: residual, (left, right)), init="split")
+    adapter = one("dora", Layer("m", SHAPE, 0, lambda: residual, LowRankFactors(left, right)), init="split")
     torch.testing.assert_close(adapter.delta_weight(residual), left @ right, rtol=1e-4, atol=1e-4)
 
 
