@@ -39,6 +39,7 @@ CELLS: dict[str, dict[str, Any]] = {
     "krona": {"method": "krona", "lora_alpha": 16, "options": {"factor": 8}},
     "lokh": {"method": "lokh", "r": 8, "lora_alpha": 16},
     "kradapter": {"method": "kradapter"},
+    "full": {"method": "full"},
     "hira": {"method": "hira", "r": 8, "lora_alpha": 16},
     "vera": {"method": "vera", "r": 256, "lora_alpha": 256},
     "lora_xs": {"method": "lora_xs", "r": 64, "lora_alpha": 64},

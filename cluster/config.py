@@ -72,9 +72,10 @@ class FinetuneConfig:
     """Rows per optimizer step over all workers and micro-batches; it does not depend on the number of workers."""
     micro_batch_size: Annotated[int, Ge(1), EXECUTION] = 8
     """Rows per forward pass of one worker."""
-    optimizer: Literal["adamw", "lora_plus", "riemannian", "reflora", "altlora", "lora_rite"] = "adamw"
-    """What steps the adapter. All but `adamw` step pairs A, B by what that does to ΔW, and need a family of such pairs;
-    `altlora` and `lora_rite` keep moments of their own, the others AdamW's."""
+    optimizer: Literal["adamw", "lora_plus", "riemannian", "reflora", "altlora", "lora_rite", "galore"] = "adamw"
+    """What steps the adapter. `galore` keeps AdamW's moments of projected gradient matrices, those of `full` above all.
+    The others but `adamw` step pairs A, B by what that does to ΔW, and need a family of such pairs; `altlora` and
+    `lora_rite` keep moments of their own, the others AdamW's."""
     optimizer_options: dict[str, Any] = field(default_factory=dict)
     """The optimizer's own options, for example `lr_ratio` of `lora_plus`."""
     learning_rate: Annotated[float, Gt(0)] = 2e-4

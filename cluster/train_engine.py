@@ -190,12 +190,12 @@ def _whole_gradients(
     config: FinetuneConfig, optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], total_steps: int
 ) -> WholeGradients | None:
     """What the optimizer and the family want of whole gradients; None where nobody wants any."""
-    from lowrank.optimizers.pairs import PairRule
+    from lowrank.optimizers.registry import rule_of
 
     hooks = hooks_of(config.adapter, total_steps)
     rules: list[GradientRule] = [] if hooks.rule is None else [hooks.rule]
-    if optimizer.redirects:
-        rules.append(PairRule(optimizer, parameters))
+    if (rule := rule_of(optimizer, parameters)) is not None:
+        rules.append(rule)
     if not rules and hooks.observer is None:
         return None
     return WholeGradients(parameters, rules, hooks.observer, config.max_grad_norm)

@@ -93,7 +93,8 @@ class WholeGradients:
             rate: learning rate of this step.
 
         Returns:
-            `grad_norm` before clipping, and `gathered_bytes`, the size of what had to be gathered from several ranks.
+            `grad_norm` before clipping, `gathered_bytes`, the size of what had to be gathered from several ranks, and
+            `moment_bytes`, what the rules keep of their own on every rank.
         """
         import torch
 
@@ -110,7 +111,8 @@ class WholeGradients:
         for name, parameter in self.parameters.items():
             _put_gradient(engine, parameter, gradients[name])
         moved = of_values + of_gradients if engine.world_size > 1 else 0
-        return {"grad_norm": norm, "gathered_bytes": moved}
+        kept = sum(tensor.nbytes for rule in self.rules for tensor in rule.tensors().values())
+        return {"grad_norm": norm, "gathered_bytes": moved, "moment_bytes": kept}
 
     def stepped(self, engine: Any, step: int) -> None:
         """Tell the observer of the step that `redirect` was called for. All ranks call it, after `engine.step()`."""

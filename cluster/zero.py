@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from cluster.errors import TrainError
-from lowrank.optimizer_options import pair_problem
+from lowrank.optimizer_options import optimizer_problem
 
 if TYPE_CHECKING:
     from cluster.config import FinetuneConfig
@@ -18,10 +18,11 @@ Plain = Literal["AdamW", "SGD"]
 #: Numbers of an adapter tensor up to which ZeRO-3 keeps it whole on every rank.
 PERSISTENT = 10_000
 
-#: fp32 numbers per trained one that every rank holds whole at a step: gradient, direction, value, own moments.
-_WHOLE = {"adamw": 0, "lora_plus": 0, "riemannian": 3, "reflora": 3, "altlora": 5, "lora_rite": 5}
+#: fp32 numbers per trained one that every rank holds whole at a step: gradient, direction, value, own moments (those of
+#: GaLore at a rank of a quarter of the smaller side: 2/4, and its projectors 1/4).
+_WHOLE = {"adamw": 0, "lora_plus": 0, "riemannian": 3, "reflora": 3, "altlora": 5, "lora_rite": 5, "galore": 4}
 #: Optimizers whose moments are among them, and not AdamW's.
-_OWN_MOMENTS = ("altlora", "lora_rite")
+_OWN_MOMENTS = ("altlora", "lora_rite", "galore")
 
 #: Keys that the training loop owns: another value would break the loss, the resume or the batches.
 _OWNED = {
@@ -59,12 +60,12 @@ def zero_stage(config: FinetuneConfig, base: Base, has_gpu: bool) -> int:
 
 
 def check_optimizer(config: FinetuneConfig) -> None:
-    """Refuse an optimizer of pairs A, B for an adapter that is none.
+    """Refuse an optimizer of pairs A, B for an adapter that is none, and GaLore where it has nothing to project.
 
     Raises:
         TrainError: naming both, and what is allowed.
     """
-    problem = pair_problem(config.optimizer, config.adapter.method)
+    problem = optimizer_problem(config.optimizer, config.optimizer_options, config.adapter)
     if problem is not None:
         raise TrainError(f"plan finetune: finetune.optimizer {problem}")
 

@@ -7,6 +7,7 @@ family's name to its class.
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from lowrank.config import AdapterConfig
 from lowrank.options import STRICT, NoOptions, at_least
 
 
@@ -223,6 +224,7 @@ ADAPTER_OPTIONS: dict[str, type[Any]] = {
     "krona": KronAOptions,
     "lokh": LoKHOptions,
     "kradapter": KRAdapterOptions,
+    "full": NoOptions,
 }
 
 #: Families that can start from the L and R that `quantize` took out of W.
@@ -237,3 +239,18 @@ def options_of(method: str, given: dict[str, Any]) -> Any:
         ValueError: a value out of range.
     """
     return ADAPTER_OPTIONS[method](**given)
+
+
+def full_problem(config: AdapterConfig) -> str | None:
+    """The first field of `config` that a dense ΔW has no use for, and why; None where there is none.
+
+    Example:
+        >>> full_problem(AdapterConfig(method="full")) is None
+        True
+        >>> full_problem(AdapterConfig(method="full", r=8))
+        "r: 8 with method 'full', whose dense ΔW has no rank and no scaling. Leave it out."
+    """
+    for name, unset in (("r", None), ("rank_pattern", {}), ("alpha_pattern", {}), ("use_rslora", False)):
+        if (value := getattr(config, name)) != unset:
+            return f"{name}: {value} with method 'full', whose dense ΔW has no rank and no scaling. Leave it out."
+    return None

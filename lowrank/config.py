@@ -102,6 +102,7 @@ class AdapterConfig:
         "krona",
         "lokh",
         "kradapter",
+        "full",
     ] = "lora"
     """Adapter family; `rankline methods` lists them."""
     target_modules: list[str] | None = field(default=None, hash=False)

@@ -4,9 +4,11 @@ They are what `finetune.optimizer_options` of a pipeline holds; all are part of 
 optimiser's name to its class, `PAIR_FAMILIES` names the adapters that the optimisers of pairs can train.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
+from lowrank.config import AdapterConfig
 from lowrank.options import STRICT, NoOptions, at_least
 
 
@@ -83,6 +85,30 @@ class LoRARITEOptions:
         at_least(0, epsilon=self.epsilon)
 
 
+@dataclass(frozen=True, kw_only=True)
+class GaLoreOptions:
+    """GaLore: moments of projected gradients. Its decays are `betas`."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    rank: int = 128
+    """r >= 1 of the projection; matrices with a side of at most r are stepped by plain AdamW."""
+    update_proj_gap: int = 200
+    """T >= 1, optimizer steps between two projections."""
+    scale: float = 0.25
+    """α > 0: what the projected steps are multiplied by."""
+    proj_type: Literal["std", "left", "right"] = "std"
+    """Which side of G (m, n) is projected: `left` keeps moments (r, n), `right` (m, r), `std` whichever is smaller."""
+    n_iter: int = 2
+    """Power iterations of the randomized SVD of G, >= 0; where 2(r + 8) > min(m, n) the SVD is exact."""
+
+    def __post_init__(self) -> None:
+        at_least(1, rank=self.rank, update_proj_gap=self.update_proj_gap)
+        at_least(0, n_iter=self.n_iter)
+        if not self.scale > 0:
+            raise ValueError(f"scale = {self.scale}. Set scale > 0.")
+
+
 #: Options of every optimiser by its name in `lowrank.optimizers.registry.OPTIMIZERS`.
 OPTIMIZER_OPTIONS: dict[str, type[Any]] = {
     "adamw": NoOptions,
@@ -91,10 +117,43 @@ OPTIMIZER_OPTIONS: dict[str, type[Any]] = {
     "reflora": RefLoRAOptions,
     "altlora": AltLoRAOptions,
     "lora_rite": LoRARITEOptions,
+    "galore": GaLoreOptions,
 }
 
-#: Adapter families that train a pair A, B with ΔW = s·B·A and nothing else; all optimisers but AdamW need one.
+#: Families whose every trained matrix has a side of r.
+_SIDES_OF_R = frozenset({"lora", "dora", "lora_fa", "lora_xs", "hira", "dylora", "adalora", "loha"})
+
+#: Adapter families that train a pair A, B with ΔW = s·B·A and nothing else; the optimisers of pairs need one.
 PAIR_FAMILIES = frozenset({"lora"})
+
+
+def optimizer_problem(optimizer: str, options: Mapping[str, Any], adapter: AdapterConfig) -> str | None:
+    """Why `optimizer` with these options cannot train `adapter`, or None where it can or only shapes could tell.
+
+    Example:
+        >>> optimizer_problem("galore", {"rank": 4}, AdapterConfig(method="full")) is None
+        True
+        >>> optimizer_problem("galore", {"rank": 4}, AdapterConfig(method="vera"))
+        "'galore' projects matrices, and 'vera' trains vectors. Set the optimizer to 'adamw'."
+    """
+    return _galore_problem(options, adapter) if optimizer == "galore" else pair_problem(optimizer, adapter.method)
+
+
+def _galore_problem(options: Mapping[str, Any], adapter: AdapterConfig) -> str | None:
+    family, rank = adapter.method, options.get("rank", GaLoreOptions.rank)
+    if family == "vera":
+        return "'galore' projects matrices, and 'vera' trains vectors. Set the optimizer to 'adamw'."
+    if family == "polar":
+        return "'galore' would undo the landing steps that keep X and Y of 'polar' orthonormal. Set it to 'adamw'."
+    if family not in _SIDES_OF_R or adapter.r is None or not isinstance(rank, int):
+        return None
+    largest = max(adapter.r, *adapter.rank_pattern.values()) if adapter.rank_pattern else adapter.r
+    if largest > rank:
+        return None
+    return (
+        f"'galore' of rank {rank} projects nothing of {family!r} adapters of rank {largest}, and would be 'adamw'. Set "
+        f"it to that, optimizer_options.rank below {largest}, or the method to 'full'."
+    )
 
 
 def pair_problem(optimizer: str, family: str) -> str | None:

@@ -18,9 +18,9 @@ from annotated_types import Ge
 from pydantic import TypeAdapter, ValidationError
 
 from cluster.config import ClusterConfig, DataConfig, EvaluateConfig, FinetuneConfig, ServeConfig
-from lowrank.adapter_options import ADAPTER_OPTIONS, TAKES_SPLIT
+from lowrank.adapter_options import ADAPTER_OPTIONS, TAKES_SPLIT, full_problem
 from lowrank.config import EXECUTION, STRICT, DecomposeConfig, QuantizeConfig
-from lowrank.optimizer_options import OPTIMIZER_OPTIONS, pair_problem
+from lowrank.optimizer_options import OPTIMIZER_OPTIONS, optimizer_problem
 from lowrank.options import BUDGETED, METHOD_OPTIONS, RULES
 from lowrank.quantize_options import QUANTIZE_OPTIONS
 from pipelines.errors import ConfigError
@@ -254,6 +254,8 @@ def _adapter_problems(config: PipelineConfig) -> Iterator[str]:
     """Options that the family does not know, patterns that are no regular expression, starts that the base has not."""
     adapter = config.finetune.adapter
     yield from _option_problems(ADAPTER_OPTIONS[adapter.method], adapter.options, "finetune", "adapter", "options")
+    if adapter.method == "full" and (problem := full_problem(adapter)) is not None:
+        yield f"finetune.adapter.{problem}"
     for field_name in ("target_modules", "rank_pattern", "alpha_pattern"):
         for pattern in getattr(adapter, field_name) or ():
             try:
@@ -291,7 +293,7 @@ def _optimizer_problems(config: FinetuneConfig) -> Iterator[str]:
     """Options that the optimizer does not know, and adapters that it cannot step."""
     options = OPTIMIZER_OPTIONS[config.optimizer]
     yield from _option_problems(options, config.optimizer_options, "finetune", "optimizer_options")
-    problem = pair_problem(config.optimizer, config.adapter.method)
+    problem = optimizer_problem(config.optimizer, config.optimizer_options, config.adapter)
     if problem is not None:
         yield f"finetune.optimizer: {problem}"
 

@@ -157,6 +157,7 @@ SAMPLES: dict[str, list[Sample]] = {
         Sample({}, lambda m, n: (ROOT[max(m, n)] + 6) * min(m, n)),
         Sample({"options": {"scale": 0.5}}, lambda m, n: (5 + 6) * 20, scale=1.0, shapes=[(20, 27), (27, 20)]),
     ],
+    "full": [Sample({}, lambda m, n: m * n), Sample({"lora_dropout": 0.25}, lambda m, n: m * n, scale=2.0)],
     "abba": [
         Sample({"r": 3, "lora_alpha": 2.0}, lambda m, n: 6 * (m + n)),
         Sample({"r": 2, "lora_alpha": 3.0, "options": {"r1": 4, "alpha1": 0.5}}, lambda m, n: 6 * (m + n)),

@@ -23,8 +23,8 @@ from cluster.training_state import active_adapters, trained_parameters
 from lowrank.adapters.peft_format import load_adapter
 from lowrank.inject import adapted_layers
 from lowrank.linear import dense_weight
-from lowrank.optimizers.pairs import PairRule, is_b
-from lowrank.optimizers.registry import make_optimizer
+from lowrank.optimizers.pairs import is_b
+from lowrank.optimizers.registry import make_optimizer, rule_of
 
 #: Losses and s·B·A may differ by this between layouts: the order of a few sums.
 TOLERANCE = 1e-4
@@ -82,7 +82,7 @@ def _plain_step(
     """Clip, redirect, and step torch's own optimizer over whole parameters."""
     parameters = trained_parameters(model)
     rule = make_optimizer(config.optimizer, config.optimizer_options, config.betas)
-    pairs = PairRule(rule, parameters) if rule.redirects else None
+    redirection = rule_of(rule, parameters)
     groups = [
         {"params": [parameter], "ratio": rule.lr_ratio_b if is_b(name) else 1.0}
         for name, parameter in parameters.items()
@@ -95,10 +95,10 @@ def _plain_step(
 
     def step_once(step: int, rate: float) -> None:
         torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
-        if pairs is not None:
+        if redirection is not None:
             values = {name: parameter.detach() for name, parameter in parameters.items()}
             gradients = {name: parameter.grad for name, parameter in parameters.items()}
-            for name, direction in pairs.directions(values, gradients, step, rate).items():  # type: ignore[arg-type]
+            for name, direction in redirection.directions(values, gradients, step, rate).items():  # type: ignore[arg-type]
                 parameters[name].grad = direction
         for group in plain.param_groups:
             group["lr"] = rate * group["ratio"]

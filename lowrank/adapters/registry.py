@@ -10,6 +10,7 @@ from lowrank.adapters.adalora import AdaLoRA
 from lowrank.adapters.base import Adapter, Layer, matched
 from lowrank.adapters.dora import DoRA
 from lowrank.adapters.dylora import DyLoRA
+from lowrank.adapters.full import Full
 from lowrank.adapters.hira import HiRA
 from lowrank.adapters.loha import LoHA
 from lowrank.adapters.lokh import KRAdapter, LoKH
@@ -41,6 +42,7 @@ FAMILIES: dict[str, type[Adapter]] = {
     "krona": KronA,
     "lokh": LoKH,
     "kradapter": KRAdapter,
+    "full": Full,
 }
 
 

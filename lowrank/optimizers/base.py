@@ -7,6 +7,7 @@ how parameters are cut over ranks, so that every optimiser here is a function of
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -65,3 +66,16 @@ def inverse(matrix: Tensor) -> Tensor:
     """The pseudo-inverse of a symmetric matrix (r, r): directions in which a factor is 0 get no step."""
     inverted: Tensor = torch.linalg.pinv(matrix, hermitian=True)
     return inverted
+
+
+def state_tensors(states: Mapping[str, State]) -> dict[str, Tensor]:
+    """The moments of every owner as `owner:optimizer.name`, for a checkpoint."""
+    return {f"{owner}:optimizer.{name}": value for owner, state in states.items() for name, value in state.items()}
+
+
+def load_states(states: Mapping[str, State], tensors: Mapping[str, Tensor]) -> None:
+    """Put what `state_tensors` gave back into `states`; `tensors` may hold others too."""
+    for key, value in tensors.items():
+        owner, _, name = key.rpartition(":optimizer.")
+        if owner in states:
+            states[owner][name] = value.clone()

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 from lowrank.errors import AdapterError
-from lowrank.optimizers.base import Optimizer, Pair, State
+from lowrank.optimizers.base import Optimizer, Pair, State, load_states, state_tensors
 
 A, B = "lora_a", "lora_b"
 
@@ -62,15 +62,8 @@ class PairRule:
 
     def tensors(self) -> dict[str, Tensor]:
         """All moments as `module:optimizer.name`, for a checkpoint."""
-        return {
-            f"{module}:optimizer.{name}": value
-            for module, state in self._states.items()
-            for name, value in state.items()
-        }
+        return state_tensors(self._states)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over the moments of a checkpoint, which may hold other tensors too."""
-        for key, value in tensors.items():
-            module, _, name = key.rpartition(":optimizer.")
-            if module in self._states:
-                self._states[module][name] = value.clone()
+        load_states(self._states, tensors)

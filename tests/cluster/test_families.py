@@ -27,9 +27,9 @@ STEPS = 4
 #: Options that a training of four steps needs.
 OPTIONS: dict[str, dict[str, Any]] = {"adalora": {"target_r": 1, "initial_steps": 1, "final_steps": 1}}
 #: Families without a rank.
-RANKLESS = ("krona", "kradapter")
+RANKLESS = ("krona", "kradapter", "full")
 #: The families that are trained under every ZeRO stage.
-STAGED = ("lora", "loha", "lokr", "lokh")
+STAGED = ("lora", "loha", "lokr", "lokh", "full")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 

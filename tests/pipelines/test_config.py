@@ -122,6 +122,8 @@ CONTRADICTIONS = {
     "finetune.adapter.target_modules: layers": ["finetune.adapter.target_modules=[q_proj]"],
     "finetune.adapter.rank_pattern": ["finetune.adapter.rank_pattern={'(': 4}"],
     "finetune.adapter.options.factor": ["finetune.adapter.options.factor=4"],
+    "finetune.adapter.r: 4 with method 'full'": ["finetune.adapter={method: full, r: 4}"],
+    "finetune.adapter.alpha_pattern": ["finetune.adapter={method: full, alpha_pattern: {q_proj: 4}}"],
     "finetune.base": ["finetune.base=dense", "decompose.mode=replace"],
     "finetune.zero_stage": ["finetune.zero_stage=3"],
     "finetune.optimizer_options.lr_ratio": ["finetune.optimizer=lora_plus", "finetune.optimizer_options={lr_ratio: x}"],
@@ -129,6 +131,17 @@ CONTRADICTIONS = {
         "finetune.optimizer=lora_plus",
         "finetune.optimizer_options={ratio: 4}",
     ],
+    "finetune.optimizer: 'galore' projects matrices": [
+        "finetune.optimizer=galore",
+        "finetune.adapter={method: vera, init: kaiming}",
+        "quantize.method=nf4",
+    ],
+    "finetune.optimizer: 'galore' of rank 16 projects nothing of 'lora'": [
+        "finetune.optimizer=galore",
+        "finetune.optimizer_options={rank: 16}",
+        "finetune.adapter={r: 4, rank_pattern: {q_proj: 16}}",
+    ],
+    "finetune.optimizer_options.proj_type": ["finetune.optimizer=galore", "finetune.optimizer_options={proj_type: up}"],
     "serve.host": ["serve.host=0.0.0.0"],
     "name": ["name=../evil"],
 }

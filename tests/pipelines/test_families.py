@@ -11,7 +11,7 @@ from lowrank.adapters.registry import FAMILIES
 from pipelines import run
 
 #: Families without a rank.
-RANKLESS = ("krona", "kradapter")
+RANKLESS = ("krona", "kradapter", "full")
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(300)]
 
 
