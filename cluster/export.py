@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from lowrank.adapters.base import Adapter
     from cluster.tokens import TokenTable
+    from lowrank.adapters.base import Adapter
 
 #: Held-out rows that an export is scored on.
 _LOSS_ROWS = 64

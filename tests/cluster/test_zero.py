@@ -108,6 +108,15 @@ def test_pairs_need_a_family_of_pairs() -> None:
         check_optimizer(FinetuneConfig(adapter=family, optimizer="riemannian"))
 
 
+def test_galore_needs_matrices_above_its_rank() -> None:
+    for adapter in (AdapterConfig(method="full"), AdapterConfig(r=64), AdapterConfig(r=8, rank_pattern={"q_proj": 64})):
+        check_optimizer(FinetuneConfig(adapter=adapter, optimizer="galore", optimizer_options={"rank": 32}))
+    with pytest.raises(TrainError, match=r"'galore' of rank 128 projects nothing of 'lora' adapters of rank 64"):
+        check_optimizer(FinetuneConfig(adapter=AdapterConfig(r=64), optimizer="galore"))
+    with pytest.raises(TrainError, match=r"landing steps .* of 'polar'"):
+        check_optimizer(FinetuneConfig(adapter=AdapterConfig(method="polar", r=200), optimizer="galore"))
+
+
 def test_merge_leaves_its_arguments_alone() -> None:
     base = {"a": {"b": 1}}
     assert merge(base, {"a": {"c": 2}}) == {"a": {"b": 1, "c": 2}}
@@ -132,8 +141,8 @@ def test_each_stage_holds_no_more_than_the_one_before() -> None:
 
 
 def test_whole_tensors_of_pairs_are_not_cut() -> None:
-    for optimizer, numbers in [("lora_plus", 0), ("riemannian", 3), ("lora_rite", 5)]:
-        own = 2 if optimizer == "lora_rite" else 0
+    for optimizer, numbers in [("lora_plus", 0), ("riemannian", 3), ("lora_rite", 5), ("galore", 4)]:
+        own = 2 if optimizer in ("lora_rite", "galore") else 0
         assert estimate(0, 4, optimizer).optimizer - estimate(0, 4).optimizer == 400 * (numbers - own)
         assert estimate(2, 4, optimizer).optimizer - estimate(2, 4).optimizer == 400 * numbers - 100 * own
 
