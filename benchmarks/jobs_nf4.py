@@ -180,7 +180,7 @@ def split_errors() -> list[Row]:
     errors: dict[str, list[float]] = {name: [] for name in ("PEFT", *SPLITS)}
     for name, w in smollm_weights().items():
         norm = float(w.double().norm())
-        errors["PEFT"].append(_peft_error(w) / norm)
+        errors["PEFT"].append(float((w.double() - peft_start(w).double()).norm()) / norm)
         factors = ours(w, rank=RANK)()
         for label, (method, options, _) in SPLITS.items():
             split = split_weight(name, w, factors, method, double_quant=False, **options)
@@ -261,15 +261,15 @@ def _error(w: Tensor, split: Any) -> float:
     return float((w.double() - start.double()).norm())
 
 
-def _peft_error(w: Tensor) -> float:
-    """`peft.utils.loftq_utils.loftq_init`, which needs a GPU, in steps: B = L, A = R, and the layer adds s·B·A."""
+def peft_start(w: Tensor) -> Tensor:
+    """The weight that `peft.utils.loftq_utils.loftq_init` starts from, in steps because it needs a GPU: B = L, A = R,
+    and the layer adds s·B·A."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
     from peft.utils.loftq_utils import _low_rank_decomposition
 
     quantized = dequantize_4bit(*quantize_4bit(w, blocksize=64, quant_type="nf4"))
     found = _low_rank_decomposition(w - quantized, reduced_rank=RANK)
-    start = torch.addmm(quantized, found["L"], found["R"], alpha=SCALING)
-    return float((w.double() - start.double()).norm())
+    return torch.addmm(quantized, found["L"], found["R"], alpha=SCALING)
 
 
 def _worst(ours: list[float], peers: list[float]) -> float:

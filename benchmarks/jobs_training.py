@@ -19,8 +19,8 @@ TURN = 2
 
 
 def trainer() -> list[Row]:
-    """One epoch of the same rows from the same adapter in the same micro-batches of 4 and batches of 8 rows: ours by
-    length, the peer's drawn at random."""
+    """One epoch of the same rows from the same adapter in batches of 8 rows: ours of similar lengths, cut into
+    micro-batches of 4; the peer's as `Trainer` takes them, drawn at random and padded to the longest."""
     from training_base import TRAIN_ROWS, scratch, training_job
     from training_ranks import Ranks, serve_ours, serve_peer
 
@@ -201,33 +201,61 @@ def workers() -> list[Row]:
     return [row("2 workers, ZeRO-2, 1 thread each: efficiency", "1 worker, 1 thread", efficiency, 0.75, note=note)]
 
 
-def perplexity() -> list[Row]:
-    """Perplexity before training on held-out text: what QPiSSA gives back of what plain NF4 lost."""
-    from training_base import TEXT_ROWS, source, splits, tokens
+#: Method, rank, rounds and target of the perplexity rows.
+STARTS: dict[str, tuple[str, int, int | None, float]] = {
+    "QPiSSA r = 16": ("qpissa", 16, None, 0.0),
+    "QPiSSA r = 32": ("qpissa", 32, None, 0.0),
+    "QPiSSA r = 64": ("qpissa", 64, None, 0.55),
+    "QPiSSA r = 64, 5 rounds": ("qpissa", 64, 5, 0.55),
+    "alternation (LQ-LoRA) r = 32": ("lq_lora", 32, None, 0.0),
+}
 
-    text = tokens("heldout", TEXT_ROWS, text=True)
-    found = {
-        "fp32": _perplexity(source("dense"), "dense", text),
-        "NF4": _perplexity(source("nf4"), "nf4", text),
-    }
-    rows = []
-    for rank, target in ((16, 0.0), (64, 0.55)):
+
+def perplexity() -> list[Row]:
+    """Perplexity before training on held-out text: what splits give back of what plain NF4 lost, and what PEFT's LoftQ
+    rule does at α = 2r."""
+    from training_base import HELDOUT_ROWS, source, splits, tokens
+
+    text = tokens("heldout", HELDOUT_ROWS, text=True)
+    dense = _perplexity(source("dense"), "dense", text)
+    plain = _perplexity(source("nf4"), "nf4", text)
+    found = {"PEFT's LoftQ rule, r = 32, α = 2r": (_peft_perplexity(text), 0.0)}
+    for label, (method, rank, rounds, target) in STARTS.items():
         start = source("nf4")
         adapter = replace(start.adapter, r=None, init="split")
-        start = replace(start, adapter=adapter, splits=splits("qpissa", rank))
-        ours = _perplexity(start, "nf4_init", text)
-        rows.append(
-            row(
-                f"perplexity of SmolLM2 that QPiSSA r = {rank} gives back",
-                "plain NF4",
-                (found["NF4"] - ours) / (found["NF4"] - found["fp32"]),
-                target,
-                error_ours=ours,
-                error_peer=found["NF4"],
-                note=f"errors are perplexities; fp32 {found['fp32']:.3f}",
-            )
+        start = replace(start, adapter=adapter, splits=splits(method, rank, rounds))
+        found[label] = (_perplexity(start, "nf4_init", text), target)
+    return [
+        row(
+            f"perplexity of SmolLM2 given back: {label}",
+            "plain NF4",
+            (plain - ours) / (plain - dense),
+            target,
+            error_ours=ours,
+            error_peer=plain,
+            note=f"errors are perplexities; fp32 {dense:.3f}",
         )
-    return rows
+        for label, (ours, target) in found.items()
+    ]
+
+
+def _peft_perplexity(text: Path) -> float:
+    """Of the model as PEFT's rule starts it."""
+    from jobs_nf4 import peft_start
+    from training_base import source
+    from training_ranks import mean_loss
+
+    from cluster.artifacts import SplitSet
+    from cluster.model import build_variant
+    from cluster.tokens import TokenTable
+
+    start = source("dense")
+    model = build_variant(start, "dense", torch.float32)
+    with torch.no_grad():
+        for module, _ in SplitSet(start.splits).items():
+            weight = model.get_submodule(module).weight
+            weight.copy_(peft_start(weight.detach().clone()))
+    return math.exp(mean_loss(model, TokenTable.read(text)))
 
 
 def _perplexity(start: Any, variant: Any, text: Path) -> float:

@@ -4,9 +4,10 @@ The demo's reviews, the first four layers of SmolLM2-135M over plain NF4, one ep
 numbers as a LoRA of rank 8 where the family allows it, through `pipelines.run`: every cell is a run of the line in
 `runs/compare`, so that one which is there already is only read. Two cells run at a time, one thread each.
 
-Families want different learning rates. Each gets the one of `RATES` with the least loss on the last 100 training rows
-after 30 steps of AdamW on the others (seed 17, no family's own schedule): held-out rows choose nothing. Steps are timed
-alone, all families in turn on the same rows in one process of two threads (`--steps`).
+Families want different learning rates. Each gets the one with the least loss on the last 100 training rows after 30
+steps of AdamW on the others (seed 17, no family's own schedule), of `RATES` and of fourfold larger ones for as long as
+the largest is the best: held-out rows choose nothing. Steps are timed alone, all families in turn on the same rows in
+one process of two threads (`--steps`).
 
 `--full` takes the whole model. `--table` prints what is there. Writes comparison-four (or -whole) .json, .md and .png
 to benchmarks/results; the table grows by cells.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -189,34 +191,49 @@ def plain_steps(source: Any, tokens: Any, rows: int, rate: float, steps: int) ->
         yield model
 
 
-def rate_losses(label: str, source: str, prepared: dict[bool, Prepared]) -> dict[str, float]:
-    """Loss on the kept-back training rows after a short training, by learning rate."""
+def rate_losses(label: str, source: str, prepared: dict[bool, Prepared], known: dict[str, float]) -> dict[str, float]:
+    """Loss on the kept-back training rows after a short training, by learning rate; `known` ones are taken over."""
+    import torch
+
+    torch.set_num_threads(1)
+    where, tokens = cell_source(label, source, prepared)
+    found = dict(known)
+    while (rate := next_rate(found, part_of(source))) is not None:
+        found[str(rate)] = rate_loss(where, tokens, rate)
+    return found
+
+
+def next_rate(found: dict[str, float], part: str) -> float | None:
+    """A rate that is still to be tried: one of the grid, or four times the largest where that is the best."""
+    missing = [rate for rate in RATES[part] if str(rate) not in found]
+    if missing:
+        return missing[0]
+    largest = max(map(float, found))
+    return 4 * largest if best_rate(found) == largest else None
+
+
+def rate_loss(where: Any, tokens: Any, rate: float) -> float:
+    """Loss on the kept-back training rows after `RATE_STEPS` steps on the others; infinite where it diverged."""
     import torch
 
     from cluster.answer_loss import answer_nll
     from cluster.batches import collate
 
-    torch.set_num_threads(1)
-    where, tokens = cell_source(label, source, prepared)
-    found = {}
     rows = len(tokens) - RATE_ROWS
     kept = range(rows, len(tokens))
-    for rate in RATES[part_of(source)]:
-        torch.manual_seed(RATE_SEED)
-        *_, model = plain_steps(where, tokens, rows, rate, RATE_STEPS)
-        model.eval()
-        with torch.no_grad():
-            batches = [kept[start : start + 10] for start in range(0, RATE_ROWS, 10)]
-            parts = [answer_nll(model, collate([[row] for row in batch], tokens)) for batch in batches]
-        found[str(rate)] = float(torch.stack(parts).sum()) / sum(tokens.num_answer_tokens[row] for row in kept)
-    return found
+    torch.manual_seed(RATE_SEED)
+    *_, model = plain_steps(where, tokens, rows, rate, RATE_STEPS)
+    model.eval()
+    with torch.no_grad():
+        batches = [kept[start : start + 10] for start in range(0, RATE_ROWS, 10)]
+        parts = [answer_nll(model, collate([[row] for row in batch], tokens)) for batch in batches]
+    loss = float(torch.stack(parts).sum()) / sum(tokens.num_answer_tokens[row] for row in kept)
+    return loss if math.isfinite(loss) else math.inf
 
 
 def best_rate(losses: dict[str, float]) -> float:
-    """The rate of the least finite loss."""
-    from math import isfinite
-
-    return float(min((rate for rate in losses if isfinite(losses[rate])), key=losses.__getitem__))
+    """The rate of the least loss."""
+    return float(min(losses, key=losses.__getitem__))
 
 
 def time_steps(labels: list[str], source: str) -> dict[str, float]:
@@ -324,7 +341,9 @@ def compute(found: dict[str, Any], labels: list[str], source: str, seeds: list[i
     done = {(row["family"], row["seed"]) for row in found["rows"]}
     prepared = prepare(source)
     with ProcessPoolExecutor(2, get_context("spawn"), initializer=sys.path.insert, initargs=(0, str(ROOT))) as pool:
-        scans = {pool.submit(rate_losses, k, source, prepared): k for k in labels if k not in found["rates"]}
+        known = {k: found["rates"].get(k, {}) for k in labels}
+        wanted = [k for k in labels if next_rate(known[k], part) is not None]
+        scans = {pool.submit(rate_losses, k, source, prepared, known[k]): k for k in wanted}
         for scan in as_completed(scans):
             found["rates"][scans[scan]] = scan.result()
             print(f"{scans[scan]}: loss by learning rate {scan.result()}", flush=True)

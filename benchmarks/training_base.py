@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parent.parent
 #: Rows that are trained on, and held-out ones that the loss is taken over.
 TRAIN_ROWS, HELDOUT_ROWS = 90, 60
-#: Held-out rows whose whole text the perplexities are taken over: about 5,000 tokens.
-TEXT_ROWS = 20
 #: As `pipelines/configs/gsm8k.yaml` has it.
 MAX_LENGTH = 448
 _SCRATCH: list[tempfile.TemporaryDirectory[str]] = []
@@ -38,7 +36,7 @@ def shards() -> Path:
 
 
 @cache
-def splits(method: str = "nf4", rank: int = 0) -> Path:
+def splits(method: str = "nf4", rank: int = 0, n_iter: int | None = None) -> Path:
     """Every linear weight as `decompose` (its default SVD, of `rank`) and `quantize` by `method` leave it."""
     from cluster.architecture import select_targets
     from cluster.artifacts import ShardSet
@@ -47,8 +45,9 @@ def splits(method: str = "nf4", rank: int = 0) -> Path:
     from pipelines.stages import decompose, quantize
 
     modules = [spec.name for spec in select_targets(ShardSet(shards()).architecture, "all-linear")]
-    factors, store = UnitStore(scratch() / f"factors-{rank}"), UnitStore(scratch() / f"{method}-{rank}")
-    svd, packed = DecomposeConfig(rank=rank or None), QuantizeConfig(method=method)  # type: ignore[arg-type]
+    factors, store = UnitStore(scratch() / f"factors-{rank}"), UnitStore(scratch() / f"{method}-{rank}-{n_iter}")
+    options = {} if n_iter is None else {"n_iter": n_iter}
+    svd, packed = DecomposeConfig(rank=rank or None), QuantizeConfig(method=method, options=options)  # type: ignore[arg-type]
     for module in modules:
         if rank:
             decompose.decompose_unit(
@@ -78,7 +77,7 @@ def tokens(part: str, rows: int, *, text: bool = False) -> Path:
     out = scratch() / f"{part}-{rows}{'-text' if text else ''}"
     out.mkdir()
     (out / "rows.jsonl").write_text("\n".join(lines) + "\n")
-    config = DataConfig(train=str(source), heldout=str(source), max_length=MAX_LENGTH)
+    config = DataConfig(train=str(source), heldout=str(source), max_length=2 * MAX_LENGTH if text else MAX_LENGTH)
     prepare_tokens(str(out / "rows.jsonl"), shards() / "units" / "meta", config, out, use_ray=False)
     return out / "tokens.parquet"
 

@@ -165,8 +165,7 @@ def serve_peer(connection: Connection, rank: int, world: int, directory: Path, j
     )
     arguments = TrainingArguments(
         output_dir=str(directory / "trainer"),
-        per_device_train_batch_size=config.micro_batch_size,
-        gradient_accumulation_steps=config.global_batch_size // config.micro_batch_size,
+        per_device_train_batch_size=config.global_batch_size,
         num_train_epochs=config.epochs,
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,
