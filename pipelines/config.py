@@ -265,7 +265,7 @@ def _adapter_problems(config: PipelineConfig) -> Iterator[str]:
                 yield f"finetune.adapter.{field_name}: {pattern!r} is no regular expression ({error})."
     if config.decompose.mode == "replace" and config.finetune.base == "dense":
         yield "finetune.base: decompose.mode 'replace' leaves no dense weights. Set it to 'nf4'."
-    yield from split_problems(config)
+    yield from split_problems(config.decompose, config.quantize, config.finetune)
     split_off = config.finetune.base == "nf4" and config.quantize.method != "nf4"
     if split_off and adapter.method in TAKES_SPLIT and adapter.init != "split":
         yield (

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
+from cluster.config import FinetuneConfig
 from lowrank.adapter_options import TAKES_SPLIT
-
-if TYPE_CHECKING:
-    from pipelines.config import PipelineConfig
+from lowrank.config import AdapterConfig, DecomposeConfig, QuantizeConfig
 
 #: Decompositions whose product `quantize.part: structured` keeps.
 STRUCTURED = frozenset().union(*TAKES_SPLIT.values()) - {"low_rank"}
@@ -16,18 +14,18 @@ STRUCTURED = frozenset().union(*TAKES_SPLIT.values()) - {"low_rank"}
 ANY_PART = ("qpissa", "loftq", "lq_lora")
 
 
-def split_problems(config: PipelineConfig) -> Iterator[str]:
+def split_problems(decompose: DecomposeConfig, quantize: QuantizeConfig, tune: FinetuneConfig) -> Iterator[str]:
     """What stands between decompose, quantize and the adapter, one message each."""
-    if config.quantize.part == "structured":
-        problems = list(_structured_problems(config))
+    if quantize.part == "structured":
+        problems = list(_structured_problems(decompose, quantize))
         yield from problems
         if problems:
             return
-    yield from _family_problems(config)
+    if tune.base == "nf4" and quantize.method != "nf4":
+        yield from _family_problems(decompose, quantize, tune.adapter)
 
 
-def _structured_problems(config: PipelineConfig) -> Iterator[str]:
-    quantize, decompose = config.quantize, config.decompose
+def _structured_problems(decompose: DecomposeConfig, quantize: QuantizeConfig) -> Iterator[str]:
     if quantize.method not in ANY_PART:
         yield (
             f"quantize.part: 'structured' is for the methods {', '.join(ANY_PART)}; got {quantize.method!r}. "
@@ -44,14 +42,11 @@ def _structured_problems(config: PipelineConfig) -> Iterator[str]:
         yield "quantize.max_rank: a structured part is never cut. Leave it out, or set quantize.part to 'low_rank'."
 
 
-def _family_problems(config: PipelineConfig) -> Iterator[str]:
-    adapter, quantize = config.finetune.adapter, config.quantize
-    if config.finetune.base != "nf4" or quantize.method == "nf4":
-        return
-    part = config.decompose.method if quantize.part == "structured" else "low_rank"
+def _family_problems(decompose: DecomposeConfig, quantize: QuantizeConfig, adapter: AdapterConfig) -> Iterator[str]:
+    part = decompose.method if quantize.part == "structured" else "low_rank"
     takes = TAKES_SPLIT.get(adapter.method, frozenset())
     if part in takes:
-        yield from _product_problems(config, part)
+        yield from _product_problems(decompose, adapter, part)
     elif part == "low_rank":
         yield (
             f"finetune.adapter.method: {adapter.method!r} cannot hold the L and R that quantize.method "
@@ -70,12 +65,12 @@ def _own_form(takes: frozenset[str]) -> str:
     return f", or decompose.method to {names} and quantize.part to 'structured'" if takes else ""
 
 
-def _product_problems(config: PipelineConfig, part: str) -> Iterator[str]:
+def _product_problems(decompose: DecomposeConfig, adapter: AdapterConfig, part: str) -> Iterator[str]:
     """What the family that has this form cannot hold of it."""
-    adapter, options = config.finetune.adapter, config.decompose.options
+    options = decompose.options
     factors = len(options.get("shape") or (0, 0))
     if part == "kronecker":
-        if config.decompose.rank != 1:
+        if decompose.rank != 1:
             yield f"decompose.rank: {adapter.method} holds one Kronecker product. Set it to 1."
         if options.get("padding", "error") != "error":
             yield f"decompose.options.padding: {adapter.method} has no rows to trim. Set it to 'error'."
