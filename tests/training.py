@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import interrupter, join_group
+from tiny import make_tokens
 
 from cluster.batches import Plan, collate, learning_rate
 from cluster.config import FinetuneConfig
@@ -28,6 +29,13 @@ from lowrank.optimizers.registry import make_optimizer, rule_of
 
 #: Losses and s·B·A may differ by this between layouts: the order of a few sums.
 TOLERANCE = 1e-4
+
+
+def make_token_tables(root: Path, source: ModelSource) -> None:
+    """Training and held-out tokens of unequal lengths beside the model's directories, where `make_job` expects them."""
+    tokenizer = source.shards / "units" / "meta"
+    make_tokens(root / "train", tokenizer, 32)
+    make_tokens(root / "heldout", tokenizer, 4, offset=50)
 
 
 def make_job(source: ModelSource, root: Path, **changes: Any) -> TrainJob:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from adapter_samples import RANKLESS
 from ranks import run_processes
-from tiny import make_tiny, make_tokens
+from tiny import make_tiny
 from torch import Tensor
-from training import TOLERANCE, losses_of, make_job, only_rank, reference
+from training import TOLERANCE, losses_of, make_job, make_token_tables, reference
 
 from cluster.model import ModelSource, initial_adapters
 from cluster.train_job import ADAPTER_UNIT, TrainJob
@@ -26,8 +27,6 @@ from lowrank.config import AdapterConfig
 STEPS = 4
 #: Options that a training of four steps needs.
 OPTIONS: dict[str, dict[str, Any]] = {"adalora": {"target_r": 1, "initial_steps": 1, "final_steps": 1}}
-#: Families without a rank.
-RANKLESS = ("krona", "kradapter", "full")
 #: The families that are trained under every ZeRO stage.
 STAGED = ("lora", "loha", "lokr", "lokh", "full")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -38,17 +37,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSource]:
     """Tiny models over NF4 and dense weights; tokens of unequal lengths beside them."""
     root = tmp_path_factory.mktemp("bases")
     made = {base: make_tiny(root / base, base=base) for base in ("nf4", "dense")}
-    tokenizer = made["nf4"].shards / "units" / "meta"
-    make_tokens(root / "train", tokenizer, 32)
-    make_tokens(root / "heldout", tokenizer, 4, offset=50)
+    make_token_tables(root, made["nf4"])
     return made
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., None]]:
-    """Run a job in this process as the only rank."""
-    with only_rank(tmp_path_factory.mktemp("alone")) as run:
-        yield run
 
 
 def job_of(source: ModelSource, root: Path, method: str, stage: int) -> TrainJob:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from ranks import Interrupted, run_processes
-from tiny import make_tiny, make_tokens
-from training import TOLERANCE, losses_of, make_job, only_rank, reference
+from tiny import make_tiny
+from training import TOLERANCE, losses_of, make_job, make_token_tables, reference
 
 from cluster.metrics import read_metrics, steps_redone
 from cluster.model import ModelSource
@@ -30,16 +30,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSource]:
     root = tmp_path_factory.mktemp("bases")
     full = AdapterConfig(method="full")
     made = {base: make_tiny(root / base, base=base, adapter=full) for base in ("nf4", "dense")}  # type: ignore[arg-type]
-    tokenizer = made["nf4"].shards / "units" / "meta"
-    make_tokens(root / "train", tokenizer, 32)
-    make_tokens(root / "heldout", tokenizer, 4, offset=50)
+    make_token_tables(root, made["nf4"])
     return made
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., None]]:
-    with only_rank(tmp_path_factory.mktemp("alone")) as run:
-        yield run
 
 
 def job_of(source: ModelSource, root: Path, stage: int, optimizer: str = "galore") -> TrainJob:

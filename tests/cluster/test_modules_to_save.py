@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,9 @@ import peft
 import pytest
 import torch
 from ranks import run_processes
-from tiny import make_tiny, make_tokens, tiny_model
+from tiny import make_tiny, tiny_model
 from torch import Tensor
-from training import TOLERANCE, losses_of, make_job, only_rank, reference
+from training import TOLERANCE, losses_of, make_job, make_token_tables, reference
 
 from cluster.export import export_lora, export_merged
 from cluster.model import ModelSource, build_adapted
@@ -31,17 +31,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSource]:
     root = tmp_path_factory.mktemp("saved")
     adapter = AdapterConfig(r=2, lora_alpha=4.0, init="kaiming", modules_to_save=MODULES)
     made = {base: make_tiny(root / base, "qwen2", base=base, adapter=adapter) for base in ("nf4", "dense")}
-    tokenizer = made["nf4"].shards / "units" / "meta"
-    make_tokens(root / "train", tokenizer, 32)
-    make_tokens(root / "heldout", tokenizer, 4, offset=50)
+    make_token_tables(root, made["nf4"])
     return made
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., None]]:
-    """Run a job in this process as the only rank."""
-    with only_rank(tmp_path_factory.mktemp("alone")) as run:
-        yield run
 
 
 def job_of(source: ModelSource, root: Path, stage: int) -> TrainJob:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from ranks import Interrupted, run_processes
-from tiny import make_tiny, make_tokens
-from training import losses_of, make_job, only_rank, reference
+from tiny import make_tiny
+from training import losses_of, make_job, make_token_tables, reference
 
 from cluster.family_hooks import FAMILY_HOOKS, Hooks
 from cluster.metrics import read_metrics, steps_redone
@@ -38,16 +38,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSource]:
     root = tmp_path_factory.mktemp("bases")
     pissa = AdapterConfig(r=2, lora_alpha=5.0, init="pissa")
     made = {"nf4": make_tiny(root / "nf4"), "dense": make_tiny(root / "dense", base="dense", adapter=pissa)}
-    tokenizer = made["nf4"].shards / "units" / "meta"
-    make_tokens(root / "train", tokenizer, 32)
-    make_tokens(root / "heldout", tokenizer, 4, offset=50)
+    make_token_tables(root, made["nf4"])
     return made
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., None]]:
-    with only_rank(tmp_path_factory.mktemp("alone")) as run:
-        yield run
 
 
 def job_of(source: ModelSource, root: Path, optimizer: str, stage: int, **changes: Any) -> TrainJob:

@@ -7,14 +7,14 @@ import json
 import math
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ranks import Interrupted, run_processes
 from tiny import make_tiny, make_tokens
-from training import assert_same_training, losses_of, make_job, only_rank, reference
+from training import assert_same_training, losses_of, make_job, reference
 
 from cluster.config import FinetuneConfig
 from cluster.errors import ResourceError, TrainError
@@ -42,13 +42,6 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSource]:
     make_tokens(root / "train", tokenizer, ROWS)
     make_tokens(root / "heldout", tokenizer, HELDOUT, offset=50)
     return made
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., None]]:
-    """Run a job in this process as the only rank."""
-    with only_rank(tmp_path_factory.mktemp("alone")) as run:
-        yield run
 
 
 def stages() -> list[tuple[str, int]]:
