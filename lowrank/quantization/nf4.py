@@ -5,6 +5,7 @@ does on other devices, and always keeps the 8-bit maxima. Weights pass through i
 transpose a 1x2 matrix, and take a slow compiled path for an odd number of columns.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -16,6 +17,8 @@ from torch import Tensor
 from lowrank.errors import QuantizationError
 from lowrank.kernels import nf4 as kernels
 
+# It warns at its import that a package of products which we do not use is missing.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 #: Block sizes that every bitsandbytes backend has.
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 #: Absmax values per second-level block; bitsandbytes fixes it.
