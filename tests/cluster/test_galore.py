@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSource]:
     """Tiny models under full training; tokens of unequal lengths beside them."""
     root = tmp_path_factory.mktemp("bases")
-    full = AdapterConfig(method="full")
+    full = AdapterConfig(method="full", init="kaiming")
     made = {base: make_tiny(root / base, base=base, adapter=full) for base in ("nf4", "dense")}  # type: ignore[arg-type]
     make_token_tables(root, made["nf4"])
     return made
