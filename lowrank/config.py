@@ -108,9 +108,9 @@ class AdapterConfig:
         "full",
     ] = "lora"
     """Adapter family; `rankline methods` lists them."""
-    target_modules: list[str] | None = field(default=None, hash=False)
-    """Which of the decomposed layers get an adapter: regular expressions of the end of a module's name; null is all.
-    The others stay frozen as quantize left them, which needs quantize.method `nf4`."""
+    target_modules: Literal["all-linear"] | list[str] | None = field(default=None, hash=False)
+    """Which of the decomposed layers get an adapter: regular expressions of the end of a module's name; null and
+    `all-linear` are all. The others stay frozen as quantize left them, which needs quantize.method `nf4`."""
     r: Annotated[int, Ge(1)] | None = None
     """Rank. Null takes the rank of the split (`init: split`) per tensor, else 16 or the largest that is less."""
     lora_alpha: Annotated[float, Gt(0)] = 16.0
@@ -134,3 +134,7 @@ class AdapterConfig:
     """The family's own options, for example `factor` of `lokr`."""
     seed: int = 0
     """Seed of every random start."""
+
+    def __post_init__(self) -> None:
+        if self.target_modules == "all-linear":
+            object.__setattr__(self, "target_modules", None)  # one key for one meaning

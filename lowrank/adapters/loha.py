@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from lowrank.adapter_options import LoHAOptions
 from lowrank.adapters.base import Export, Layer, kaiming
 from lowrank.adapters.continued import divided, extended
-from lowrank.adapters.products import AddedInPlace, column_products, refuse_rslora, row_products
+from lowrank.adapters.products import AddedInPlace, column_products, refuse_other_names, refuse_rslora, row_products
 from lowrank.adapters.settings import dropout_of, rank_of, scaling_for, scaling_from
 from lowrank.config import AdapterConfig
 from lowrank.errors import AdapterError
@@ -135,12 +135,7 @@ class LoHA(AddedInPlace):
         cls, tensors: Mapping[str, Mapping[str, Tensor]], shared: Mapping[str, Tensor], config: Mapping[str, Any]
     ) -> dict[str, Self]:
         """The adapters of a file; a LyCORIS `alpha` of a module says that its s is that over r."""
-        if not tensors:
-            raise AdapterError(
-                f"load {cls.peft_type}: no tensor is named base_model.model.<module>.{cls.prefix}...; got "
-                f"{sorted(shared)[:2]}. Rename the tensors of a LyCORIS file (its `alpha` ones too) by the modules of "
-                "the model."
-            )
+        refuse_other_names(cls, tensors, shared)
         adapters = {module: cls.from_tensors(module, named, config) for module, named in tensors.items()}
         with torch.no_grad():
             for module, adapter in adapters.items():

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from lowrank.adapter_options import KronAOptions, LoKrOptions, options_of
 from lowrank.adapters.base import Export, Layer, kaiming, matched
 from lowrank.adapters.continued import divided, extended, refuse_smaller
-from lowrank.adapters.products import AddedInPlace, refuse_rslora
+from lowrank.adapters.products import AddedInPlace, refuse_other_names, refuse_rslora
 from lowrank.adapters.settings import dropout_of, rank_of, scaling_for, scaling_from
 from lowrank.config import AdapterConfig
 from lowrank.errors import AdapterError
@@ -189,11 +189,7 @@ class LoKr(AddedInPlace):
         cls, tensors: Mapping[str, Mapping[str, Tensor]], shared: Mapping[str, Tensor], config: Mapping[str, Any]
     ) -> dict[str, Self]:
         """The adapters of a file; a LyCORIS `alpha` of a module says that its tensors stand under LyCORIS' scale."""
-        if not tensors:
-            raise AdapterError(
-                f"load LoKr: no tensor is named base_model.model.<module>.lokr_...; got {sorted(shared)[:2]}. "
-                "Rename the tensors of a LyCORIS file (its `alpha` ones too) by the modules of the model."
-            )
+        refuse_other_names(cls, tensors, shared)
         adapters = {}
         for module, named in tensors.items():
             adapter = cls.from_tensors(module, named, config)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -37,4 +40,14 @@ def refuse_rslora(layer: Layer, config: AdapterConfig) -> None:
         raise AdapterError(
             f"initialise {layer.what}: {config.method} has no use_rslora; a file of it would load with another "
             "scaling. Set finetune.adapter.use_rslora to false and choose lora_alpha."
+        )
+
+
+def refuse_other_names(cls: type[Adapter], tensors: Mapping[str, Any], shared: Mapping[str, Any]) -> None:
+    """Raises: AdapterError: a file holds no tensor under PEFT's names, as those of LyCORIS do not."""
+    if not tensors:
+        raise AdapterError(
+            f"load {cls.peft_type}: no tensor is named base_model.model.<module>.{cls.prefix}...; got "
+            f"{sorted(shared)[:2]}. Rename the tensors of a LyCORIS file (its `alpha` ones too) by the modules of the "
+            "model."
         )

@@ -82,6 +82,8 @@ CASES = {
     "kradapter": Case("khatri_rao", "kradapter", adapter={"options": {"scale": 3.0}}, scales=False),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+#: Of a wider adapter the columns beyond those of the split have no effect, transposed or not.
+TIGHT = {name: case for name, case in CASES.items() if "wider" not in name}
 KINDS: dict[str, Callable[[], Tensor]] = {
     "decaying": families.dense,
     "gaussian": lambda: torch.randn(36, 24, generator=torch.Generator().manual_seed(3)),
@@ -152,13 +154,11 @@ def test_most_products_help_on_a_decaying_spectrum(case: Case) -> None:
     assert split.quantization_error < split.plain_error
 
 
-@every_case
+@pytest.mark.parametrize("case", TIGHT.values(), ids=TIGHT)
 def test_a_transposed_factor_breaks_the_law(case: Case) -> None:
     split = split_of(case, families.dense(shape=(36, 36)))
     assert split.part is not None
     config = case.config(2.0)
-    if "wider" in next(name for name, known in CASES.items() if known is case):
-        pytest.skip("columns beyond those of the split have no effect")
     count = len(list(started(split, config).parameters()))
     for index in range(count):
         adapter = started(split, config)

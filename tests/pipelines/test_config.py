@@ -96,6 +96,19 @@ def test_a_bad_override_is_a_config_error(override: str) -> None:
     assert problems_of(minimal(), override)
 
 
+def test_an_unknown_adapter_is_told_which_there_are() -> None:
+    (problem,) = problems_of(minimal(), "finetune.adapter.method=lorra")
+    assert problem.startswith("finetune.adapter.method: ")
+    assert "'lora'" in problem
+    assert "lorra" in problem
+
+
+def test_all_linear_is_what_null_is() -> None:
+    named, null = (parse(minimal(), [f"finetune.adapter.target_modules={value}"]) for value in ("all-linear", "null"))
+    assert named == null
+    assert problems_of(minimal(), "finetune.adapter.target_modules=all")
+
+
 def test_an_unknown_override_is_named() -> None:
     assert problems_of(minimal(), "finetune.adaptor.r=3")[0].startswith("finetune.adaptor: unknown setting")
 

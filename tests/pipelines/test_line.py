@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from lines import is_finished, ledger_lines, store_of, with_changes
+from lines import is_finished, ledger_lines, stage_units, store_of, with_changes
 
 from cluster.durable import UnitStore
 from cluster.model import ModelSource, build_adapted, build_variant, initial_adapters
@@ -17,7 +18,10 @@ from lowrank.adapters.peft_format import load_adapter
 from pipelines import run
 from pipelines.errors import GateError, exit_code
 from pipelines.preflight import plan
+from pipelines.sources import hash_sources
+from pipelines.stages import evaluate
 from pipelines.tracking import Tracker
+from pipelines.workflow import stage_keys
 
 STAGES = ["shard", "decompose", "quantize", "finetune", "evaluate", "register"]
 VARIANTS = {"dense", "nf4", "nf4_init", "adapter"}
@@ -154,6 +158,31 @@ def base_scores(config: Any) -> list[dict[str, Any]]:
         for event in UnitStore(directory).ledger()
         if event["event"] == "commit"
     ]
+
+
+def test_base_scores_are_kept_by_what_decides_them(whole_line: Any) -> None:
+    """Not by what training changes, but by weights, rows and limits."""
+
+    def where(variant: Any, **changes: Any) -> Path:
+        config = with_changes(whole_line.config, **changes)
+        sources = hash_sources(config, store_of(config).root / "_hashes.json")
+        keys = stage_keys(config, sources)
+        inputs = {"quantize": store_of(config).artifact("quantize", stage_keys(whole_line.config, sources)["quantize"])}
+        context: Any = SimpleNamespace(
+            config=config, sources=sources, store=stage_units(config, "evaluate"), inputs=inputs, input_keys=keys
+        )
+        return evaluate._shared(context, variant)
+
+    assert where("dense") != where("nf4")
+    for variant in ("dense", "nf4"):
+        known = where(variant)
+        assert where(variant, finetune={"learning_rate": 0.5}, evaluate={"metric": "accuracy", "max_rows": 4}) == known
+        for change in (
+            {"data": {"max_length": 50}},
+            {"evaluate": {"max_new_tokens": 3}},
+            {"shard": {"shard_bytes": 4096}},
+        ):
+            assert where(variant, **change) != known, change
 
 
 @pytest.mark.slow
