@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from lines import is_finished, ledger_lines, stage_units, store_of, with_changes
+from lines import chat_rows, is_finished, ledger_lines, stage_units, store_of, with_changes
+from tiny import write_jsonl
 
 from cluster.durable import UnitStore
 from cluster.model import ModelSource, build_adapted, build_variant, initial_adapters
@@ -160,7 +161,7 @@ def base_scores(config: Any) -> list[dict[str, Any]]:
     ]
 
 
-def test_base_scores_are_kept_by_what_decides_them(whole_line: Any) -> None:
+def test_base_scores_are_kept_by_what_decides_them(whole_line: Any, tmp_path: Path) -> None:
     """Not by what training changes, but by weights, rows and limits."""
 
     def where(variant: Any, **changes: Any) -> Path:
@@ -173,12 +174,14 @@ def test_base_scores_are_kept_by_what_decides_them(whole_line: Any) -> None:
         )
         return evaluate._shared(context, variant)
 
+    other = {"heldout": str(write_jsonl(tmp_path / "other.jsonl", chat_rows(8, offset=700)))}
     assert where("dense") != where("nf4")
     for variant in ("dense", "nf4"):
         known = where(variant)
         assert where(variant, finetune={"learning_rate": 0.5}, evaluate={"metric": "accuracy", "max_rows": 4}) == known
         for change in (
             {"data": {"max_length": 50}},
+            {"data": other},
             {"evaluate": {"max_new_tokens": 3}},
             {"shard": {"shard_bytes": 4096}},
         ):
