@@ -39,6 +39,9 @@ data/reviews/train.jsonl: examples/make_reviews.py | $(STAMP)
 data/gsm8k/train.jsonl: examples/make_gsm8k.py | $(STAMP)
 	$(BIN)/python examples/make_gsm8k.py data/gsm8k
 
+data/gsm8k-short/train.jsonl: examples/make_gsm8k.py | $(STAMP)
+	$(BIN)/python examples/make_gsm8k.py data/gsm8k-short --max-chars 360 --train 160 --heldout 48
+
 demo: $(STAMP) data/reviews/train.jsonl  ## a real model through every stage, then a served adapter
 	$(BIN)/rankline run pipelines/configs/demo.yaml
 
@@ -74,7 +77,7 @@ bench-decompositions: $(VENV)/.bench-$(LOCK) $(PEERS)/.installed  ## measure the
 bench-adapters: $(VENV)/.bench-$(LOCK) data/gsm8k/train.jsonl  ## measure the adapter families against their peers
 	$(BIN)/python benchmarks/adapters.py $(JOBS)
 
-compare: $(VENV)/.bench-$(LOCK) data/reviews/train.jsonl  ## train every adapter family on one task by one recipe (about an hour)
+compare: $(VENV)/.bench-$(LOCK) data/reviews/train.jsonl data/gsm8k-short/train.jsonl  ## train every adapter family on one task by one recipe (about an hour)
 	$(BIN)/python benchmarks/method_comparison.py
 
 clean:  ## remove the environment, caches and data (runs/ stays; `rankline stop` ends what runs)

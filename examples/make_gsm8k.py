@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 from importlib import metadata
 from pathlib import Path
@@ -28,9 +29,10 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--train", type=int, default=180)
     parser.add_argument("--heldout", type=int, default=60)
+    parser.add_argument("--max-chars", type=int, help="only questions that have no more with their answers")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    rows = questions()
+    rows = [row for row in questions() if len(row["question"] + row["answer"]) <= (arguments.max_chars or math.inf)]
     random.Random(arguments.seed).shuffle(rows)
     parts = {"train": rows[: arguments.train], "heldout": rows[arguments.train :][: arguments.heldout]}
     arguments.directory.mkdir(parents=True, exist_ok=True)

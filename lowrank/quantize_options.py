@@ -16,8 +16,9 @@ class QPiSSAOptions:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
-    n_iter: int = 1
-    """Times that the rest is quantized, >= 1; between them L and R are fitted to what Q leaves. The best is kept."""
+    n_iter: int | None = None
+    """Times that the rest is quantized, >= 1; between them L and R are fitted to what Q leaves. The best is kept.
+    Null is 5 for a pair L, R, and 1 for a kept product, which every further round decomposes from the beginning."""
 
     def __post_init__(self) -> None:
         at_least(1, n_iter=self.n_iter)

@@ -134,7 +134,7 @@ def test_qpissa_starts_where_the_adapter_puts_it_for_every_alpha() -> None:
     split = split_weight("w", weight, factors, "qpissa")
     assert isinstance(split.part, LowRankFactors)
     for scaling in (0.5, 2.0, 32 / 8**0.5):
-        lora = factors.to_lora(scaling)
+        lora = split.part.to_lora(scaling)
         a, b = lora.a, lora.b
         start = split.residual.dequantize() + scaling * b @ a
         torch.testing.assert_close(start, split.reconstruct(), rtol=0, atol=1e-5)

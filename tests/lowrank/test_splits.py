@@ -199,8 +199,8 @@ def test_lq_lora_ends_where_a_round_raises_the_error(monkeypatch: pytest.MonkeyP
     weight = families.dense(shape=(128, 96))
     factors = low_rank(weight, 8)
     found = []
-    original = splits.leading_pair
-    monkeypatch.setattr(splits, "leading_pair", lambda *given: found.append(1) or original(*given))
+    original = splits.followed_pair
+    monkeypatch.setattr(splits, "followed_pair", lambda *given: found.append(1) or original(*given))
     best = split_weight("w", weight, factors, "lq_lora", n_iter=60)
     assert 2 < len(found) < 60
     # The round before the last was the best one.
@@ -220,6 +220,32 @@ def test_the_leading_pair_is_that_of_the_svd_on_either_path(
         left, right = splits.leading_pair(matrix, 8)
         assert distance(matrix, left @ right) <= distance(matrix, best) * (1 + tol(torch.float32, 10))
         torch.testing.assert_close(left.T @ left, right @ right.T, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(256, 96), (96, 256), (6, 40)], ids=str)
+def test_a_followed_pair_fits_better_than_any_with_its_r_and_comes_to_the_svd(shape: tuple[int, int]) -> None:
+    matrix = families.dense(shape=shape)
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    best = distance(matrix, (u[:, :8] * s[:8]) @ vh[:8])
+    right = gaussian(8, shape[1])
+    last = distance(matrix, matrix @ torch.linalg.pinv(right) @ right)
+    for _ in range(8):
+        left, right = splits.followed_pair(matrix, right)
+        error = distance(matrix, left @ right)
+        assert error <= last * (1 + 1e-5) + 1e-5
+        last = error
+    torch.testing.assert_close(left.T @ left, right @ right.T, rtol=0, atol=1e-4)
+    assert last == pytest.approx(best, rel=1e-3, abs=1e-4)
+
+
+def test_rounds_of_qpissa_follow_exact_decompositions(smollm2: GGUFCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = load(smollm2, SOME[0])
+    factors = low_rank(weight)
+    quick = split_weight("w", weight, factors)
+    assert quick.quantization_error < 0.95 * split_weight("w", weight, factors, n_iter=1).quantization_error
+    monkeypatch.setattr(splits, "followed_pair", lambda matrix, right: splits.leading_pair(matrix, len(right)))
+    exact = split_weight("w", weight, factors)
+    assert quick.quantization_error == pytest.approx(exact.quantization_error, rel=1e-3)
 
 
 def test_lplr_keeps_four_bits_of_everything(tmp_path: Path) -> None:
