@@ -163,7 +163,7 @@ def training() -> list[Row]:
 
 #: Method, options and target of the split rows, as shares of the peer's error.
 SPLITS: dict[str, tuple[str, dict[str, Any], float]] = {
-    "QPiSSA, 1 round": ("qpissa", {}, 0.85),
+    "QPiSSA, 1 round": ("qpissa", {"n_iter": 1}, 0.85),
     "QPiSSA, 5 rounds": ("qpissa", {"n_iter": 5}, 0.85),
     "LoftQ, 5 rounds": ("loftq", {}, 0.0),
     "alternation (LQ-LoRA), at most 20 rounds": ("lq_lora", {}, 0.70),
@@ -234,9 +234,9 @@ def structured_split_errors() -> list[Row]:
             rule = RankRule(rank=rank) if rank else None
             block = BlockMatrix.from_tensor(name, w)
             factors = decompose(block, method=method, rule=rule, executor=SerialExecutor(), **options).factors
-            split = split_weight(name, w, factors, structured=True)
+            split = split_weight(name, w, factors, structured=True, n_iter=1)
             equal = max(1, factors.num_parameters // sum(w.shape))
-            pairs.append(split_weight(name, w, ours(w, rank=equal)()).quantization_error)
+            pairs.append(split_weight(name, w, ours(w, rank=equal)(), n_iter=1).quantization_error)
             mine.append(split.quantization_error)
             plain.append(split.plain_error)
             kept += split.part is not None

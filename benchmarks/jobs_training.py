@@ -203,10 +203,10 @@ def workers() -> list[Row]:
 
 #: Method, rank, rounds and target of the perplexity rows.
 STARTS: dict[str, tuple[str, int, int | None, float]] = {
-    "QPiSSA r = 16": ("qpissa", 16, None, 0.0),
-    "QPiSSA r = 32": ("qpissa", 32, None, 0.0),
-    "QPiSSA r = 64": ("qpissa", 64, None, 0.55),
+    "QPiSSA r = 16, 5 rounds": ("qpissa", 16, 5, 0.0),
+    "QPiSSA r = 32, 5 rounds": ("qpissa", 32, 5, 0.0),
     "QPiSSA r = 64, 5 rounds": ("qpissa", 64, 5, 0.55),
+    "QPiSSA r = 64, 1 round": ("qpissa", 64, 1, 0.0),
     "alternation (LQ-LoRA) r = 32": ("lq_lora", 32, None, 0.0),
 }
 

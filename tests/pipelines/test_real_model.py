@@ -21,6 +21,8 @@ from lowrank.adapters.registry import FAMILIES, initial_adapters
 from lowrank.config import AdapterConfig
 from lowrank.inject import inject, set_active
 from pipelines import PipelineConfig, run
+from pipelines.artifacts import Store
+from pipelines.cli import main
 from pipelines.config import ModelConfig
 from pipelines.sources import resolve_model
 from pipelines.stages import shard
@@ -181,6 +183,22 @@ def test_the_demo_in_small_ends_at_an_endpoint(ray_head: Any, tmp_path: Path) ->
     assert result.endpoint is not None
     assert result.endpoint["smoke"]["completion_tokens"] > 0
     assert set(result.endpoint["model_ids"]) == {"base", "small", "small:1"}
+    assert_merged_equals_trained(config, result, tmp_path / "merged")
+
+
+def assert_merged_equals_trained(config: PipelineConfig, result: Any, out: Path) -> None:
+    """What `export --format merged` writes has the logits of base and adapter in transformers."""
+    from transformers import AutoModelForCausalLM
+
+    from cluster.model import ModelSource, build_adapted
+
+    assert main(["export", "small", "--store", config.store.path, "--out", str(out), "--format", "merged"]) == 0
+    keys, store = {stage.name: stage.key for stage in result.stages}, Store(Path(config.store.path))
+    splits = store.artifact("quantize", keys["quantize"])
+    source = ModelSource(store.artifact("shard", keys["shard"]), splits, config.finetune.adapter)
+    trained = build_adapted(source, torch.float32, {"a": store.units("finetune", keys["finetune"]).path("adapter")})
+    merged = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    torch.testing.assert_close(logits_of(merged), logits_of(trained), rtol=0, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
