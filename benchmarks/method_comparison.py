@@ -1,8 +1,8 @@
 """Every adapter family on one task by one recipe: benchmarks/method_comparison.py [FAMILY ...] [--full] [--table]
 
-Over plain NF4, about as many trained numbers as a LoRA of rank 8 where the family allows it, three seeds, through
-`pipelines.run`: every cell is a run of the line in `runs/compare`, so that one which is there already is only read.
-Two cells run at a time, one thread each.
+Over plain NF4, about as many trained numbers as a LoRA of rank 8 where the family allows it, three seeds. The line
+makes base and tokens, its training loop under DeepSpeed trains every cell in a process of its own, without Ray and
+checkpoints, and its evaluation scores it. Two cells run at a time, one thread each; what has a row is passed over.
 
 - The first four layers of SmolLM2-135M and short worked answers to GSM8K questions, one epoch (20 steps of 8 rows), 48
   held-out rows.
@@ -28,11 +28,12 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from comparison_table import picture, table
@@ -69,7 +70,7 @@ class Part:
 
 PARTS = {
     "four": Part("gsm8k", "gsm8k-short", (4e-3, 1.6e-2), 10, 32),
-    "whole": Part("demo", "reviews", (4e-4, 1.6e-3), 20, 80),
+    "whole": Part("demo", "reviews", (4e-4, 1.6e-3), 10, 40),
 }
 #: Rank and options of every family; `quantize` and `init` only where they are not `nf4` and `kaiming`.
 CELLS: dict[str, dict[str, Any]] = {
@@ -160,10 +161,14 @@ class Prepared:
 
     base: Any
     tokens: Path
+    heldout: Path
+    labels: tuple[str, ...]
+    error: float
 
 
 def prepare(source: str) -> dict[bool, Prepared]:
     """Bases and tokens by whether the weights are split, made by the line (one training step, ten rows scored)."""
+    from cluster.data import label_set
     from cluster.model import ModelSource
     from pipelines import run
     from pipelines.artifacts import Store
@@ -178,19 +183,28 @@ def prepare(source: str) -> dict[bool, Prepared]:
             finetune=replace(config.finetune, max_steps=1),
             evaluate=replace(config.evaluate, max_rows=10),
         )
-        keys = {stage.name: stage.key for stage in run(config, quiet=True).stages}
+        done = run(config, quiet=True)
+        keys = {stage.name: stage.key for stage in done.stages}
         store = Store(STORE)
         shards, splits = store.artifact("shard", keys["shard"]), store.artifact("quantize", keys["quantize"])
         tokens = store.units("finetune", keys["finetune"]).path("train-tokens")
-        made[split] = Prepared(ModelSource(shards, splits, config.finetune.adapter), tokens)
+        heldout = store.units("evaluate", keys["evaluate"]).path("tokens") / "tokens.parquet"
+        labels = tuple(label_set([heldout], config.data) or ())
+        error = done.summary["stages"]["quantize"]["facts"]["mean_quantization_error"]
+        made[split] = Prepared(ModelSource(shards, splits, config.finetune.adapter), tokens, heldout, labels, error)
     return made
+
+
+def is_split(label: str) -> bool:
+    """Whether a family starts from the split."""
+    return CELLS[label].get("init") == "split"
 
 
 def cell_source(label: str, source: str, prepared: dict[bool, Prepared]) -> tuple[Any, Any]:
     """The base with the cell's adapter on it, and the training rows."""
     from cluster.tokens import TokenTable
 
-    made = prepared[CELLS[label].get("init") == "split"]
+    made = prepared[is_split(label)]
     adapter = settings("cell", source, CELLS[label], RATE_SEED, 1e-4).finetune.adapter
     return replace(made.base, adapter=adapter), TokenTable.read(made.tokens)
 
@@ -290,27 +304,37 @@ def time_steps(labels: list[str], source: str) -> dict[str, float]:
     return {label: median(found) for label, found in seconds.items()}
 
 
-def measure(label: str, seed: int, source: str, rate: float) -> dict[str, Any]:
-    """Run one cell, or read it where it was run, and take from its summary what the table shows."""
-    from pipelines import run
+def measure(label: str, seed: int, source: str, rate: float, prepared: dict[bool, Prepared]) -> dict[str, Any]:
+    """Train one cell in a process of its own with the pipeline's engine and loop, and score it before and after."""
+    from training_ranks import Ranks, serve_ours
 
-    part = part_of(source)
-    name = f"{part}-{label.replace(', ', '-')}-{seed}"
-    summary = run(settings(name, source, CELLS[label], seed, rate), quiet=True).summary
-    stages = summary["stages"]
+    from cluster.train_job import TrainJob
+
+    config, made = settings("cell", source, CELLS[label], seed, rate).finetune, prepared[is_split(label)]
+    with TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        where = replace(made.base, adapter=config.adapter)
+        job = TrainJob(
+            source=where, config=config, train_tokens=made.tokens, heldout_tokens=None,
+            root=root / "units", storage=root / "ray", name=label,
+        )  # fmt: skip
+        with Ranks(serve_ours, 1, {label: job}) as cell:
+            [before] = cell.ask("scores", label, made.heldout, made.labels)
+            [seconds] = cell.ask("advance", label, 2**31)
+            [after] = cell.ask("scores", label, made.heldout, made.labels)
+            [trained], [peak] = cell.ask("parameters", label), cell.ask("peak")
     return {
         "family": label,
         "seed": seed,
-        "model": part,
+        "model": part_of(source),
         "learning_rate": rate,
-        "num_parameters": stages["finetune"]["facts"]["num_parameters"],
-        "loss": summary["losses"]["adapter"],
-        "loss_at_start": summary["losses"]["nf4_init"],
-        "error_at_start": stages["quantize"]["facts"]["mean_quantization_error"],
-        "loss_dense": summary["losses"]["dense"],
-        "accuracy": summary["accuracy"].get("adapter"),
-        "train_s": stages["finetune"]["seconds"],
-        "peak_rss_bytes": stages["finetune"]["peak_rss_bytes"],
+        "num_parameters": trained,
+        "loss": after["loss"],
+        "loss_at_start": before["loss"],
+        "error_at_start": made.error,
+        "accuracy": after["accuracy"],
+        "train_s": seconds,
+        "peak_rss_bytes": peak,
     }
 
 
@@ -338,8 +362,9 @@ def compute(found: dict[str, Any], labels: list[str], source: str, seeds: list[i
             found["rates"][scans[scan]] = scan.result()
             print(f"{scans[scan]}: loss by learning rate {scan.result()}", flush=True)
             write(found, part)
+    with ThreadPoolExecutor(2) as pool:
         cells = {
-            pool.submit(measure, k, seed, source, best_rate(found["rates"][k])): (k, seed)
+            pool.submit(measure, k, seed, source, best_rate(found["rates"][k]), prepared): (k, seed)
             for seed in seeds
             for k in labels
             if (k, seed) not in done

@@ -19,6 +19,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from cluster.durable import peak_rss_bytes
+from cluster.tokens import TokenTable
 from cluster.train_job import Place, TrainJob
 from cluster.train_loop import _Trainer, set_environment
 
@@ -93,6 +95,18 @@ class _Steps(_Trainer):
             self._one_step(self.plan.batches(epoch)[step % self.plan.steps_per_epoch], epoch)
         return time.perf_counter() - began
 
+    def scores(self, tokens: Path, labels: tuple[str, ...]) -> dict[str, Any]:
+        """Loss and accuracy over all rows of a token table, as `evaluate` takes them."""
+        from cluster.evaluate import ScoreJob, score_with, summarise
+        from cluster.train_engine import set_training
+
+        set_training(self.built.model, False)
+        rows = len(TokenTable.read(tokens))
+        facts: dict[str, Any] = {"batch_size": 8, "labels": labels, "dtype": "float32", "exact_match": False}
+        facts |= {"max_new_tokens": 0, "source": self.job.source, "variant": "adapter", "tokens": tokens}
+        with torch.no_grad():
+            return summarise(score_with(self.built.model, ScoreJob(start=0, stop=rows, **facts)), labels)
+
     def heldout_loss(self) -> float:
         """Mean NLL of the held-out answer tokens."""
         assert self.heldout is not None
@@ -100,7 +114,11 @@ class _Steps(_Trainer):
 
 
 def serve_ours(connection: Connection, rank: int, world: int, directory: Path, jobs: Mapping[str, TrainJob]) -> None:
-    """One rank with an engine per job. Commands: advance NAME COUNT, lines NAME, heldout NAME, held NAME, base NAME."""
+    """One rank with an engine per job.
+
+    Commands: advance NAME COUNT, lines NAME, heldout NAME, scores NAME TOKENS LABELS, held NAME, base NAME,
+    parameters NAME, peak.
+    """
     _join(rank, world, directory)
     place = Place(rank, world, directory, lambda line: None)
     trainers = {name: _Steps(job, place) for name, job in jobs.items()}
@@ -109,6 +127,9 @@ def serve_ours(connection: Connection, rank: int, world: int, directory: Path, j
         "advance": lambda name, count: trainers[name].advance(count),
         "lines": lambda name: trainers[name].lines,
         "heldout": lambda name: trainers[name].heldout_loss(),
+        "scores": lambda name, tokens, labels: trainers[name].scores(tokens, labels),
+        "parameters": lambda name: sum(p.numel() for p in trainers[name].built.parameters.values()),
+        "peak": peak_rss_bytes,
         "held": lambda name: trainers[name].held,
         "base": lambda name: base_bytes(trainers[name].built.model),
     }
@@ -135,7 +156,6 @@ def serve_peer(connection: Connection, rank: int, world: int, directory: Path, j
 
     from cluster.batches import Plan, learning_rate
     from cluster.model import load_tokenizer
-    from cluster.tokens import TokenTable
 
     del rank, world
     config, table = job.config, TokenTable.read(job.train_tokens)
@@ -204,8 +224,6 @@ def _example(table: Any, row: int) -> dict[str, Any]:
 
 
 def _peer_heldout(model: Any, job: TrainJob) -> float:
-    from cluster.tokens import TokenTable
-
     assert job.heldout_tokens is not None
     model.eval()
     return mean_loss(model.get_base_model(), TokenTable.read(job.heldout_tokens).head(job.config.eval_rows))

@@ -85,7 +85,13 @@ def score(job: ScoreJob) -> list[dict[str, Any]]:
 
     torch.set_num_threads(job.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = _model(job.source, job.variant, job.dtype, device)
+    return score_with(_model(job.source, job.variant, job.dtype, device), job)
+
+
+def score_with(model: PreTrainedModel, job: ScoreJob) -> list[dict[str, Any]]:
+    """`score` of a model that is there already, in place of the job's variant."""
+    import torch
+
     tokenizer = load_tokenizer(job.source.shards)
     label_ids = [tokenizer(label, add_special_tokens=False)["input_ids"] for label in job.labels]
     rows = sorted(read_rows(job.tokens, job.start, job.stop), key=lambda row: (len(row.input_ids), row.row))
