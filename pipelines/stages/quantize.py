@@ -58,7 +58,7 @@ def run(ctx: Context) -> Outcome:
 
 STAGE = Stage(
     "quantize",
-    1,
+    2,
     ("shard", "decompose"),
     settings,
     run,
