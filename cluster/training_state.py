@@ -57,7 +57,7 @@ def active_adapters(model: nn.Module) -> dict[str, Any]:
     """The adapter that every adapted layer applies, by module."""
     from lowrank.inject import adapted_layers
 
-    return {module: layer.adapters[layer.active] for module, layer in adapted_layers(model) if layer.active}
+    return {m: layer.adapters[layer.active] for m, layer in adapted_layers(model) if isinstance(layer.active, str)}
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -3,31 +3,92 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lowrank.adapters.base import Adapter
 from lowrank.errors import AdapterError
+from lowrank.kernels.grouped import GroupedPairs
+
+#: Ranks up to which a change that is a pair B A is applied as one; of larger ones the family's own form is smaller.
+_MOST_RANKS = 128
+
+
+@dataclass(frozen=True, eq=False)
+class Mix:
+    """One adapter (None: the bare base) for every row of a batch of single tokens."""
+
+    names: tuple[str | None, ...]
+
+    @cached_property
+    def rows(self) -> dict[str, list[int]]:
+        """The rows of every adapter that speaks."""
+        found: dict[str, list[int]] = {}
+        for row, name in enumerate(self.names):
+            if name is not None:
+                found.setdefault(name, []).append(row)
+        return found
 
 
 class AdaptedLinear(nn.Module):
-    """A frozen base layer plus named adapters, of which one (or none) is active: y = (W + ΔW) x + b."""
+    """A frozen base layer plus named adapters, of which one (or none) is active: y = (W + ΔW) x + b.
+
+    With a `Mix` for `active`, every row of x (rows, 1, n) or (rows, n) has its own; this is for inference alone.
+    """
 
     def __init__(self, base: nn.Module, adapters: Mapping[str, Adapter], active: str | None) -> None:
         super().__init__()
         self.base = base
         self.adapters = nn.ModuleDict(dict(adapters))
-        self.active = active
+        self.active: str | Mix | None = active
         self._kept: Tensor | None = None
+        self._pairs: dict[str, tuple[Tensor, Tensor] | None] = {}
+        self._prepared: tuple[Mix, GroupedPairs | None, list[tuple[str, Tensor]]] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """y (..., m) for x (..., n)."""
         y: Tensor = self.base(x)
         if self.active is None or self._kept is not None:
             return y
+        if isinstance(self.active, Mix):
+            self._mix(self.active, x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
+            return y
         changed: Tensor = self.adapters[self.active](x, y, self.base)
         return changed
+
+    def _mix(self, mix: Mix, x: Tensor, y: Tensor) -> None:
+        """Change the rows of y (rows, m) in place, each by its own adapter."""
+        if self._prepared is None or self._prepared[0] is not mix:
+            self._prepared = (mix, *self._prepare(mix, x.device))
+        _, grouped, others = self._prepared
+        for name, rows in others:
+            y[rows] = self.adapters[name](x[rows], y[rows], self.base)
+        if grouped is not None:
+            grouped.add_to(y, x)
+
+    def _prepare(self, mix: Mix, device: torch.device) -> tuple[GroupedPairs | None, list[tuple[str, Tensor]]]:
+        """The adapters that are low-rank pairs together, and the others with their rows."""
+        pairs = {name: self._pair(name) for name in mix.rows}
+        low_rank = {name: pair for name, pair in pairs.items() if pair is not None}
+        others = [(name, torch.tensor(rows, device=device)) for name, rows in mix.rows.items() if name not in low_rank]
+        tokens = [mix.rows[name] for name in low_rank]
+        return (GroupedPairs(list(low_rank.values()), tokens) if low_rank else None), others
+
+    def _pair(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """A (r, n) and Bᵀ (r, m) of an adapter whose change is B A, or None; made once."""
+        if name not in self._pairs:
+            adapter = self.adapters[name]
+            assert isinstance(adapter, Adapter)
+            form = adapter.low_rank() if adapter.export == "exact" else None
+            if form is None or len(form[1]) > _MOST_RANKS:
+                self._pairs[name] = None
+            else:
+                self._pairs[name] = form[1].detach().contiguous(), form[0].detach().T.contiguous()
+        return self._pairs[name]
 
     def merge(self) -> None:
         """Add the active ΔW to a dense base, in fp32; `unmerge` gives the kept tensor back.
@@ -35,7 +96,7 @@ class AdaptedLinear(nn.Module):
         Raises:
             AdapterError: the base is quantized, there is no active adapter, or it is merged already.
         """
-        if not isinstance(self.base, nn.Linear) or self.active is None or self._kept is not None:
+        if not isinstance(self.base, nn.Linear) or not isinstance(self.active, str) or self._kept is not None:
             held = type(self.base).__name__ if not isinstance(self.base, nn.Linear) else "merged already or no adapter"
             raise AdapterError(f"merge an adapter: {held}. Merge one active adapter into a dense base.")
         weight = self.base.weight.detach()
@@ -59,17 +120,23 @@ class SavedModule(nn.Module):
         super().__init__()
         self.base = base.requires_grad_(False)
         self.copies = nn.ModuleDict()
-        self.active = active
+        self.active: str | Mix | None = active
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the active adapter's copy answers."""
+        """What the active adapter's copy answers; with a `Mix`, row by row of the one input."""
+        if isinstance(self.active, Mix):
+            y = self.base(*args, **kwargs)
+            for name, rows in self.active.rows.items():
+                if name in self.copies:
+                    y[rows] = self.copies[name](args[0][rows], *args[1:], **kwargs)
+            return y
         own = self.active_copy
         return (self.base if own is None else own)(*args, **kwargs)
 
     @property
     def active_copy(self) -> nn.Module | None:
         """The trained copy of the active adapter, if it has one."""
-        return None if self.active is None or self.active not in self.copies else self.copies[self.active]
+        return self.copies[self.active] if isinstance(self.active, str) and self.active in self.copies else None
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:

@@ -1,28 +1,31 @@
-"""A slot engine: one model, several requests, interleaved token by token by one worker thread.
+"""A slot engine: one model, several requests, continuously batched by one worker thread.
 
-Every request has a key-value cache of its own. The worker goes round the live requests; each gets one step (its whole
-prompt first, then one token at a time) with its own adapter active. A request therefore computes exactly what it would
-compute alone, whatever its neighbours are. Steps over several requests at once are a later refinement: it replaces
-`_advance` and leaves everything around it.
+Requests join and leave between steps. In every round the oldest prompt that is not read yet gets one chunk of it read,
+and all requests that are writing get one token together, each with its own adapter: a long prompt holds nobody up for
+longer than a chunk takes. A request's logits are those that it would have alone, to rounding.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from cluster.serving.decoding import Detokenizer, Sampler, Sampling, StopFilter
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # A child of Serve's logger, so that inside a replica its lines reach the replica's log file.
 logger = logging.getLogger("ray.serve.rankline")
 
 Finish = Literal["stop", "length", "error", "cancelled"]
+#: Tokens of a prompt that are read at a time.
+_CHUNK = 256
 
 
 class BusyError(Exception):
@@ -50,18 +53,27 @@ class Piece:
 
 
 class Slot:
-    """One live job: its cache, its sampler and its text. Only the worker thread touches it, but for `cancel`."""
+    """One live job: how far it is, its sampler and its text. Only the worker thread touches it, but for `cancel`."""
 
-    def __init__(self, job: Job, emit: Callable[[Piece], None], tokenizer: PreTrainedTokenizerBase, cache: Any) -> None:
+    def __init__(
+        self, job: Job, emit: Callable[[Piece], None], tokenizer: PreTrainedTokenizerBase, number: int
+    ) -> None:
         self.job = job
         self.emit = emit
-        self.cache = cache
-        self.pending = job.prompt
+        self.number = number
+        self.read = 0
+        self.token = 0
+        self.logits: Tensor | None = None
         self.produced = 0
         self.cancelled = False
         self.sample = Sampler(job.sampling)
         self._text = Detokenizer(tokenizer, job.prompt)
         self._filter = StopFilter(job.stops)
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether its prompt is read."""
+        return self.read == len(self.job.prompt)
 
     def cancel(self) -> None:
         """Give the slot up before its next step; harmless when it has ended."""
@@ -70,7 +82,7 @@ class Slot:
     def accept(self, token: int, eos: Collection[int]) -> Piece:
         """Take the next token and say what there is to send."""
         self.produced += 1
-        self.pending = (token,)
+        self.token = token
         ended = token in eos
         text = "" if ended else self._filter.push(self._text.push(token))
         if not self._filter.stopped and (ended or self.produced >= self.job.max_tokens):
@@ -94,15 +106,12 @@ class Engine:
             eos: Token ids that end an answer.
             max_concurrent: Slots; a request beyond them is refused.
         """
-        import inspect
+        from cluster.serving.steps import steps_for
 
-        from lowrank.inject import speakers
-
-        # Found once: `set_active` walks the whole model, 13 ms a step on SmolLM2-135M.
-        self._layers = speakers(model)
-        self._model, self._tokenizer, self._eos = model, tokenizer, frozenset(eos)
-        self._extra = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        self._steps = steps_for(model, max_concurrent)
+        self._tokenizer, self._eos = tokenizer, frozenset(eos)
         self._max_concurrent = max_concurrent
+        self._numbers = itertools.count()
         self._slots: list[Slot] = []
         self._changed = threading.Condition()
         self._closed = False
@@ -125,13 +134,10 @@ class Engine:
         Raises:
             BusyError: every slot is taken, or the engine is closed.
         """
-        from transformers import DynamicCache
-
-        cache = DynamicCache(config=self._model.config.get_text_config(decoder=True))
         with self._changed:
             if self._closed or len(self._slots) >= self._max_concurrent:
                 raise BusyError(f"{len(self._slots)} of {self._max_concurrent} slots are taken")
-            slot = Slot(job, emit, self._tokenizer, cache)
+            slot = Slot(job, emit, self._tokenizer, next(self._numbers))
             self._slots.append(slot)
             self._changed.notify()
         return slot
@@ -148,44 +154,70 @@ class Engine:
 
         with torch.inference_mode():
             while not self._closed:
-                for slot in self._round():
-                    self._turn(slot)
+                self._round()
         for slot in list(self._slots):
             self._end(slot, Piece("", slot.produced, "cancelled"))
 
-    def _round(self) -> list[Slot]:
+    def _round(self) -> None:
+        """One chunk of the oldest prompt, and one token for everybody who writes."""
         with self._changed:
             self._changed.wait_for(lambda: self._slots or self._closed)
-            return list(self._slots)
+            slots = list(self._slots)
+        for slot in slots:
+            if slot.cancelled:
+                self._end(slot, Piece("", slot.produced, "cancelled"))
+        slots = [slot for slot in slots if not slot.cancelled]
+        writing = [slot for slot in slots if slot.is_writing]
+        reading = next((slot for slot in slots if not slot.is_writing), None)
+        if reading is not None:
+            self._attempt([reading], self._read)
+        if writing:
+            self._attempt(writing, self._write)
 
-    def _turn(self, slot: Slot) -> None:
-        """One step of one job; whatever goes wrong in it ends this job alone."""
-        if slot.cancelled:
-            self._end(slot, Piece("", slot.produced, "cancelled"))
-            return
+    def _attempt(self, slots: list[Slot], step: Callable[[list[Slot]], None]) -> None:
+        """Run a step; where it fails, each of its jobs has it alone, and the one that fails again ends."""
         try:
-            piece = self._advance(slot)
+            step(slots)
         except Exception:
+            if len(slots) > 1:
+                for slot in slots:
+                    self._attempt([slot], step)
+                return
             logger.exception("a generation step failed; the request is answered with an error")
-            piece = Piece("", slot.produced, "error")
+            self._end(slots[0], Piece("", slots[0].produced, "error"))
+
+    def _read(self, slots: list[Slot]) -> None:
+        [slot] = slots
+        chunk = slot.job.prompt[slot.read : slot.read + _CHUNK]
+        slot.logits = self._steps.prefill(slot.number, slot.job.adapter, chunk, slot.read)
+        slot.read += len(chunk)
+        if slot.is_writing:
+            self._take(slots)
+
+    def _write(self, slots: list[Slot]) -> None:
+        numbers, adapters = [slot.number for slot in slots], [slot.job.adapter for slot in slots]
+        found = self._steps.decode(numbers, adapters, [slot.token for slot in slots])
+        for slot, logits in zip(slots, found, strict=True):
+            slot.logits = logits
+            self._attempt([slot], self._take)
+
+    def _take(self, slots: list[Slot]) -> None:
+        """Choose the next token, and send what it says."""
+        [slot] = slots
+        assert slot.logits is not None
+        piece = slot.accept(slot.sample(slot.logits), self._eos)
         if piece.finish is not None:
             self._end(slot, piece)
         elif piece.text:
             self._emit(slot, piece)
 
-    def _advance(self, slot: Slot) -> Piece:
-        import torch
-
-        for layer in self._layers:
-            layer.active = slot.job.adapter
-        ids = torch.tensor([slot.pending], device=self._model.device)
-        output = self._model(input_ids=ids, past_key_values=slot.cache, use_cache=True, **self._extra)
-        return slot.accept(slot.sample(output.logits[0, -1]), self._eos)
-
     def _end(self, slot: Slot, piece: Piece) -> None:
         # The slot is free before the client hears of the end, so that its next request is not refused.
         with self._changed:
+            if slot not in self._slots:
+                return
             self._slots.remove(slot)
+        self._steps.release(slot.number)
         self._emit(slot, piece)
 
     @staticmethod

@@ -1,0 +1,263 @@
+"""One forward pass over several requests, each with its own past, position and adapter.
+
+The keys and values of all requests lie in one tensor per layer, a row each. A decode step takes the rows at the front,
+so that nothing is gathered: requests change rows only when others come or go.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lowrank.inject import Mix, speakers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# A child of Serve's logger, so that inside a replica its lines reach the replica's log file.
+logger = logging.getLogger("ray.serve.rankline")
+
+#: Columns that a cache has at first; it doubles as requests grow.
+_FIRST_COLUMNS = 64
+#: Largest difference of logits, relative to their size, that rounding explains.
+_ROUNDING = 1e-3
+
+
+class Steps(Protocol):
+    """What the engine asks of the model; requests are known by the numbers that it gives them."""
+
+    def prefill(self, request: int, adapter: str | None, tokens: Sequence[int], start: int) -> Tensor:
+        """Take the next tokens of a prompt, of which `start` were taken before; logits (vocabulary,) after the last."""
+        ...
+
+    def decode(self, requests: Sequence[int], adapters: Sequence[str | None], tokens: Sequence[int]) -> list[Tensor]:
+        """Take one token of each request; logits (vocabulary,) of each."""
+        ...
+
+    def release(self, request: int) -> None:
+        """Forget a request."""
+        ...
+
+
+class SlotCache:
+    """Keys and values of several requests, a row each; what transformers' models take for `past_key_values`."""
+
+    def __init__(self, rows: int) -> None:
+        """Args: rows: most requests at a time."""
+        self._rows = rows
+        self._columns = _FIRST_COLUMNS
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._at: tuple[int, int, Tensor, Tensor] = (0, 0, torch.empty(0), torch.empty(0))
+        self._start = 0
+        self._end = 0
+
+    def begin(self, first: int, starts: Tensor, length: int) -> int:
+        """Say where the next pass writes: rows first.., `length` tokens each, from columns `starts`; columns in sight.
+
+        More than one token at a time is for one row alone.
+        """
+        count = len(starts)
+        rows = torch.arange(first, first + count, device=starts.device)
+        self._at = (first, first + count, rows, starts)
+        self._start = int(starts[0])
+        self._end = int(starts.max()) + length
+        while self._end > self._columns:
+            self._columns *= 2
+            self._layers = {index: (self._wider(k), self._wider(v)) for index, (k, v) in self._layers.items()}
+        return self._end
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Write a layer's keys and values (rows, heads, length, size), and give all that these rows may see."""
+        if layer_idx not in self._layers:
+            self._layers[layer_idx] = (self._empty(keys), self._empty(values))
+        first, last, rows, starts = self._at
+        seen = []
+        for held, new in zip(self._layers[layer_idx], (keys, values), strict=True):
+            if new.shape[2] == 1:
+                held[rows, :, starts] = new[:, :, 0]
+            else:
+                held[first:last, :, self._start : self._end] = new
+            seen.append(held[first:last, :, : self._end])
+        return seen[0], seen[1]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens before those of this pass; only asked where no positions were given."""
+        del layer_idx
+        return self._start
+
+    def swap(self, row: int, other: int) -> None:
+        """Exchange two rows."""
+        for layer in self._layers.values():
+            for held in layer:
+                held[[row, other]] = held[[other, row]]
+
+    def _empty(self, like: Tensor) -> Tensor:
+        return like.new_zeros(self._rows, like.shape[1], self._columns, like.shape[3])
+
+    def _wider(self, held: Tensor) -> Tensor:
+        wide = held.new_zeros(*held.shape[:2], self._columns, held.shape[3])
+        wide[:, :, : held.shape[2]] = held
+        return wide
+
+
+class BatchedSteps:
+    """All decoding requests in one pass."""
+
+    def __init__(self, model: PreTrainedModel, rows: int) -> None:
+        """Args: model: in evaluation mode, with its adapters injected. rows: most requests at a time."""
+        self._model = model
+        self._speakers = speakers(model)
+        self._cache = SlotCache(rows)
+        self._held: list[int | None] = [None] * rows
+        self._lengths: dict[int, int] = {}
+        self._mix: Mix | None = None
+        self._windows = _windows(model.config.get_text_config(decoder=True))
+        self._extra = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+    def prefill(self, request: int, adapter: str | None, tokens: Sequence[int], start: int) -> Tensor:
+        """See `Steps`."""
+        if start == 0:
+            self._held[self._held.index(None)] = request
+        self._speak(adapter)
+        self._lengths[request] = start + len(tokens)
+        return self._pass(self._held.index(request), [list(tokens)], [start])[0]
+
+    def decode(self, requests: Sequence[int], adapters: Sequence[str | None], tokens: Sequence[int]) -> list[Tensor]:
+        """See `Steps`."""
+        self._bring_to_front(requests)
+        order = [requests.index(held) for held in self._held[: len(requests)] if held is not None]
+        names = tuple(adapters[at] for at in order)
+        if len(set(names)) == 1:
+            self._speak(names[0])
+        else:
+            if self._mix is None or self._mix.names != names:
+                self._mix = Mix(names)
+            self._speak(self._mix)
+        starts = [self._lengths[requests[at]] for at in order]
+        logits = self._pass(0, [[tokens[at]] for at in order], starts)
+        for request in requests:
+            self._lengths[request] += 1
+        found: list[Tensor] = [logits[0]] * len(order)
+        for row, at in enumerate(order):
+            found[at] = logits[row]
+        return found
+
+    def release(self, request: int) -> None:
+        """See `Steps`."""
+        if request in self._lengths:
+            self._held[self._held.index(request)] = None
+            del self._lengths[request]
+
+    def _speak(self, who: str | Mix | None) -> None:
+        for speaker in self._speakers:
+            speaker.active = who
+
+    def _bring_to_front(self, requests: Sequence[int]) -> None:
+        wanted = set(requests)
+        behind = [row for row in range(len(requests), len(self._held)) if self._held[row] in wanted]
+        for row in range(len(requests)):
+            if self._held[row] not in wanted:
+                other = behind.pop()
+                self._cache.swap(row, other)
+                self._held[row], self._held[other] = self._held[other], self._held[row]
+
+    def _pass(self, first: int, tokens: list[list[int]], starts: list[int]) -> Tensor:
+        """Logits (rows, vocabulary) after the last token of every row."""
+        device = self._model.device
+        begins = torch.tensor(starts, device=device)
+        length = len(tokens[0])
+        columns = torch.arange(self._cache.begin(first, begins, length), device=device)
+        positions = begins[:, None] + torch.arange(length, device=device)
+        ages = positions[:, None, :, None] - columns
+        # Additive: not every attention understands a mask of truths.
+        hidden, shown = torch.finfo(self._model.dtype).min, torch.zeros((), dtype=self._model.dtype, device=device)
+        masks = {
+            kind: torch.where((ages >= 0) & (ages < (window or length + len(columns))), shown, hidden)
+            for kind, window in self._windows.items()
+        }
+        output = self._model(
+            input_ids=torch.tensor(tokens, device=device),
+            position_ids=positions,
+            attention_mask=next(iter(masks.values())) if len(masks) == 1 else masks,
+            past_key_values=self._cache,
+            use_cache=True,
+            **self._extra,
+        )
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+
+class SingleSteps:
+    """Each request by itself, for models that cannot be asked for several with their own pasts at once."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Args: model: in evaluation mode, with its adapters injected."""
+        self._model = model
+        self._speakers = speakers(model)
+        self._caches: dict[int, Any] = {}
+        self._extra = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+    def prefill(self, request: int, adapter: str | None, tokens: Sequence[int], start: int) -> Tensor:
+        """See `Steps`."""
+        from transformers import DynamicCache
+
+        if start == 0:
+            self._caches[request] = DynamicCache(config=self._model.config.get_text_config(decoder=True))
+        return self._pass(request, adapter, tokens)
+
+    def decode(self, requests: Sequence[int], adapters: Sequence[str | None], tokens: Sequence[int]) -> list[Tensor]:
+        """See `Steps`."""
+        return [self._pass(r, name, [token]) for r, name, token in zip(requests, adapters, tokens, strict=True)]
+
+    def release(self, request: int) -> None:
+        """See `Steps`."""
+        self._caches.pop(request, None)
+
+    def _pass(self, request: int, adapter: str | None, tokens: Sequence[int]) -> Tensor:
+        for speaker in self._speakers:
+            speaker.active = adapter
+        ids = torch.tensor([list(tokens)], device=self._model.device)
+        output = self._model(input_ids=ids, past_key_values=self._caches[request], use_cache=True, **self._extra)
+        logits: Tensor = output.logits[0, -1]
+        return logits
+
+
+def steps_for(model: PreTrainedModel, rows: int) -> Steps:
+    """`BatchedSteps`, where a short trial gives the logits of `SingleSteps`; else those."""
+    single = SingleSteps(model)
+    try:
+        with torch.inference_mode():
+            same = _same_logits(BatchedSteps(model, 2), single)
+    except Exception:
+        logger.warning("%s takes no batch of requests: they are answered in turn", type(model).__name__, exc_info=True)
+        return SingleSteps(model)
+    if not same:
+        logger.warning("%s answers a batch of requests otherwise: they go in turn", type(model).__name__)
+        return SingleSteps(model)
+    return BatchedSteps(model, rows)
+
+
+def _same_logits(batched: Steps, single: Steps) -> bool:
+    """Whether two requests of different lengths get the same logits together as each alone."""
+    found = []
+    for steps in (batched, single):
+        first = steps.prefill(0, None, [1, 2, 3, 4, 5], 0)
+        part = steps.prefill(1, None, [6, 7], 0)
+        both = steps.decode([1, 0], [None, None], [3, 2])
+        found.append(torch.stack([first, part, *both, *steps.decode([0, 1], [None, None], [5, 4])]).float())
+    difference = (found[0] - found[1]).abs().max()
+    return bool(difference <= _ROUNDING * found[1].abs().max())
+
+
+def _windows(config: Any) -> dict[str, int | None]:
+    """How far back each kind of layer sees, by the names that transformers gives the kinds; null is all."""
+    window = getattr(config, "sliding_window", None)
+    kinds = sorted(set(getattr(config, "layer_types", None) or ()))
+    if not kinds:
+        return {"full_attention": window}
+    return {kind: window if kind == "sliding_attention" else None for kind in kinds}
