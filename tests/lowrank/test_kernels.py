@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowrank.kernels import both_products, build, products
+from lowrank.kernels import both_products, build, grouped, products
 from lowrank.kernels.products import _by_panels
 
 needs_compiler = pytest.mark.skipif(build.kernel() is None, reason="no C compiler")
@@ -40,3 +40,33 @@ def test_without_a_kernel_torch_multiplies(monkeypatch: pytest.MonkeyPatch, widt
     for got, expected in zip(both_products(w, x), (w @ x, w.T @ (w @ x))):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
     assert _by_panels(w, x)[1].is_contiguous()
+
+
+@pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_compiler), False])
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.integers(1, 600), st.integers(1, 70), st.lists(st.integers(1, 150), min_size=1, max_size=12), st.integers(1, 20)
+)
+def test_every_token_gets_the_pair_of_its_own(compiled: bool, m: int, n: int, ranks: list[int], tokens: int) -> None:
+    generator = torch.Generator().manual_seed(m * 1000 + n)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    pairs = [(normal(r, n), normal(r, m)) for r in ranks]
+    owner = torch.randint(-1, len(pairs), (tokens,), generator=generator).tolist()
+    x, y = normal(tokens, n), normal(tokens, m)
+    expected = y.double()
+    for token, pair in enumerate(owner):
+        if pair >= 0:
+            a, b = pairs[pair]
+            expected[token] += (a.double() @ x[token].double()) @ b.double()
+    speaking = sorted({pair for pair in owner if pair >= 0})
+    if not speaking:
+        return
+    own = [[t for t in range(tokens) if owner[t] == pair] for pair in speaking]
+    with pytest.MonkeyPatch.context() as patch:
+        if not compiled:
+            patch.setattr(grouped, "kernel", lambda: None)
+        grouped.GroupedPairs([pairs[pair] for pair in speaking], own).add_to(y, x)
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
