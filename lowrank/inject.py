@@ -55,13 +55,13 @@ class AdaptedLinear(nn.Module):
         if self.active is None or self._kept is not None:
             return y
         if isinstance(self.active, Mix):
-            self._mix(self.active, x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
+            self.mix_into(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), self.active)
             return y
         changed: Tensor = self.adapters[self.active](x, y, self.base)
         return changed
 
-    def _mix(self, mix: Mix, x: Tensor, y: Tensor) -> None:
-        """Change the rows of y (rows, m) in place, each by its own adapter."""
+    def mix_into(self, y: Tensor, x: Tensor, mix: Mix) -> None:
+        """Change what the base made of x (rows, n), y (rows, m), in place, each row by its own adapter."""
         if self._prepared is None or self._prepared[0] is not mix:
             self._prepared = (mix, *self._prepare(mix, x.device))
         _, grouped, others = self._prepared

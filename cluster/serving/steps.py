@@ -125,21 +125,19 @@ class BatchedSteps:
             self._held[self._held.index(None)] = request
         self._speak(adapter)
         self._lengths[request] = start + len(tokens)
-        return self._pass(self._held.index(request), [list(tokens)], [start])[0]
+        return self._forward(*self._place(self._held.index(request), [list(tokens)], [start]))[0]
 
     def decode(self, requests: Sequence[int], adapters: Sequence[str | None], tokens: Sequence[int]) -> list[Tensor]:
         """See `Steps`."""
         self._bring_to_front(requests)
         order = [requests.index(held) for held in self._held[: len(requests)] if held is not None]
         names = tuple(adapters[at] for at in order)
-        if len(set(names)) == 1:
-            self._speak(names[0])
-        else:
-            if self._mix is None or self._mix.names != names:
-                self._mix = Mix(names)
-            self._speak(self._mix)
+        if self._mix is None or self._mix.names != names:
+            self._mix = Mix(names)
+        mix = self._mix if self._mix.rows else None
+        self._speak(mix)
         starts = [self._lengths[requests[at]] for at in order]
-        logits = self._pass(0, [[tokens[at]] for at in order], starts)
+        logits = self._step(*self._place(0, [[tokens[at]] for at in order], starts), mix)
         for request in requests:
             self._lengths[request] += 1
         found: list[Tensor] = [logits[0]] * len(order)
@@ -166,22 +164,37 @@ class BatchedSteps:
                 self._cache.swap(row, other)
                 self._held[row], self._held[other] = self._held[other], self._held[row]
 
-    def _pass(self, first: int, tokens: list[list[int]], starts: list[int]) -> Tensor:
-        """Logits (rows, vocabulary) after the last token of every row."""
+    def _place(
+        self, first: int, tokens: list[list[int]], starts: list[int]
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Tokens and positions (rows, length) and the masks of a pass over rows first.., for which the cache is set."""
         device = self._model.device
         begins = torch.tensor(starts, device=device)
         length = len(tokens[0])
-        columns = torch.arange(self._cache.begin(first, begins, length), device=device)
+        columns = self._cache.begin(first, begins, length)
         positions = begins[:, None] + torch.arange(length, device=device)
-        ages = positions[:, None, :, None] - columns
+        return torch.tensor(tokens, device=device), positions, self._masks(positions, columns)
+
+    def _masks(self, positions: Tensor, columns: int) -> dict[str, Tensor]:
+        """What is added to the scores (rows, 1, length, columns) in each kind of layer."""
+        ages = positions[:, None, :, None] - torch.arange(columns, device=positions.device)
+        dtype = self._model.dtype
         # Additive: not every attention understands a mask of truths.
-        hidden, shown = torch.finfo(self._model.dtype).min, torch.zeros((), dtype=self._model.dtype, device=device)
-        masks = {
-            kind: torch.where((ages >= 0) & (ages < (window or length + len(columns))), shown, hidden)
+        hidden, shown = torch.finfo(dtype).min, torch.zeros((), dtype=dtype, device=positions.device)
+        return {
+            kind: torch.where((ages >= 0) & (ages < (window or columns)), shown, hidden)
             for kind, window in self._windows.items()
         }
+
+    def _step(self, ids: Tensor, positions: Tensor, masks: dict[str, Tensor], mix: Mix | None) -> Tensor:
+        """`_forward` for one token of every row; `mix` is what speaks."""
+        del mix
+        return self._forward(ids, positions, masks)
+
+    def _forward(self, ids: Tensor, positions: Tensor, masks: dict[str, Tensor]) -> Tensor:
+        """Logits (rows, vocabulary) after the last token of every row."""
         output = self._model(
-            input_ids=torch.tensor(tokens, device=device),
+            input_ids=ids,
             position_ids=positions,
             attention_mask=next(iter(masks.values())) if len(masks) == 1 else masks,
             past_key_values=self._cache,
@@ -228,18 +241,24 @@ class SingleSteps:
 
 
 def steps_for(model: PreTrainedModel, rows: int) -> Steps:
-    """`BatchedSteps`, where a short trial gives the logits of `SingleSteps`; else those."""
-    single = SingleSteps(model)
+    """The fastest steps that give the logits of `SingleSteps` in a short trial."""
+    from cluster.serving.fused import FusedSteps, is_llama_like
+
+    kinds: list[type[BatchedSteps]] = [FusedSteps, BatchedSteps] if is_llama_like(model) else [BatchedSteps]
+    for kind in kinds:
+        if _fits(kind, model):
+            return kind(model, rows)
+        logger.warning("%s does not fit %s: its requests take a slower way", kind.__name__, type(model).__name__)
+    return SingleSteps(model)
+
+
+def _fits(kind: type[BatchedSteps], model: PreTrainedModel) -> bool:
     try:
         with torch.inference_mode():
-            same = _same_logits(BatchedSteps(model, 2), single)
+            return _same_logits(kind(model, 2), SingleSteps(model))
     except Exception:
-        logger.warning("%s takes no batch of requests: they are answered in turn", type(model).__name__, exc_info=True)
-        return SingleSteps(model)
-    if not same:
-        logger.warning("%s answers a batch of requests otherwise: they go in turn", type(model).__name__)
-        return SingleSteps(model)
-    return BatchedSteps(model, rows)
+        logger.warning("%s fails in %s", kind.__name__, type(model).__name__, exc_info=True)
+        return False
 
 
 def _same_logits(batched: Steps, single: Steps) -> bool:

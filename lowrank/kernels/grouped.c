@@ -11,7 +11,7 @@
 #define OUTPUTS 512
 
 typedef struct {
-    int64_t m, n;
+    int64_t m, n, stride; /* stride: from a token's y to the next one's */
     const float *x;
     float *y;
     const int64_t *ranks;             /* of every pair */
@@ -37,7 +37,7 @@ static void add_unit(const Grouped *g, int64_t unit) {
         for (int64_t i = 0; i < g->m; i += OUTPUTS) {
             const int64_t wide = g->m - i < OUTPUTS ? g->m - i : OUTPUTS;
             for (int64_t t = 0; t < count; t++) {
-                float *restrict y = g->y + tokens[t] * g->m + i;
+                float *restrict y = g->y + tokens[t] * g->stride + i;
                 for (int64_t k = 0; k < ranks; k++) {
                     const float factor = h[t][k], *restrict row = b + k * g->m + i;
                     for (int64_t j = 0; j < wide; j++) y[j] += factor * row[j];
@@ -52,10 +52,10 @@ static void add_units(Job *job) {
         for (; unit < end; unit++) add_unit(job->data, unit);
 }
 
-int add_grouped(int64_t units, int64_t m, int64_t n, const float *x, float *y, const int64_t *ranks,
+int add_grouped(int64_t units, int64_t m, int64_t n, int64_t stride, const float *x, float *y, const int64_t *ranks,
                 const float *const *a, const float *const *b, const int64_t *pair, const int64_t *first,
                 const int64_t *tokens, int threads) {
-    const Grouped grouped = {m, n, x, y, ranks, a, b, pair, first, tokens};
+    const Grouped grouped = {m, n, stride, x, y, ranks, a, b, pair, first, tokens};
     Job job = {units, 0, add_units, &grouped};
     return run(&job, threads);
 }

@@ -46,15 +46,18 @@ class GroupedPairs:
         self._addresses = [ctypes.c_void_p(table.data_ptr()) for table in self._tables]
 
     def add_to(self, y: Tensor, x: Tensor) -> None:
-        """Add every token's change to y (tokens, m), in place, for x (tokens, n) of the same dtype."""
+        """Add every token's change to y (tokens, m), in place, for x (tokens, n) of the same dtype.
+
+        y may be some columns of a wider tensor.
+        """
         compiled = kernel() if x.is_cpu and x.dtype == y.dtype == self._pairs[0][0].dtype == torch.float32 else None
-        if compiled is None or not y.is_contiguous():
+        if compiled is None or y.stride(-1) != 1:
             for (a, b), own in zip(self._pairs, self._tokens, strict=True):
                 here = own.to(x.device)
                 y.index_add_(0, here, (x[here] @ a.to(x.dtype).T) @ b.to(x.dtype))
             return
         x = x.contiguous()
-        sizes = [ctypes.c_int64(size) for size in (self._units, y.shape[-1], x.shape[-1])]
+        sizes = [ctypes.c_int64(size) for size in (self._units, y.shape[-1], x.shape[-1], y.stride(0))]
         data = [ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr())]
         threads = max(1, min(torch.get_num_threads(), self._bytes // _BYTES_PER_THREAD))
         compiled.add_grouped(*sizes, *data, *self._addresses, threads)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from adapter_samples import RANKLESS, randomize
 
+from cluster.serving.fused import FusedSteps
 from cluster.serving.steps import BatchedSteps, SingleSteps, Steps, steps_for
 from lowrank.adapters.base import Adapter, Layer
 from lowrank.adapters.registry import FAMILIES, initial_adapters
@@ -72,10 +73,11 @@ def logits(steps: Steps, requests: Sequence[Request], rounds: int = 6, together:
 
 
 def assert_alike(model: Any, requests: Sequence[Request], min_spread: float = 0.05) -> None:
-    batched = logits(BatchedSteps(model, len(requests)), requests)
     alone = logits(SingleSteps(model), requests, together=False)
-    for one, other in zip(batched, alone, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+    kinds = [BatchedSteps, FusedSteps] if type(steps_for(model, 2)) is FusedSteps else [BatchedSteps]
+    for kind in kinds:
+        for one, other in zip(logits(kind(model, len(requests)), requests), alone, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
     by_name = {name: own[0] for (name, prompt), own in zip(requests, alone, strict=True) if prompt == requests[0][1]}
     names = list(by_name)
     for i, name in enumerate(names):
@@ -111,21 +113,23 @@ def test_all_families_in_one_batch_answer_as_each_alone(base: str) -> None:
 def test_models_of_other_kinds(kind: str, more: dict[str, Any]) -> None:
     model = tiny(kind, **more)
     requests: list[Request] = [(None, PROMPT), (None, PROMPT[2:]), (None, PROMPT + PROMPT), (None, PROMPT[:2])]
-    assert isinstance(steps_for(model, 4), BatchedSteps)
+    fused = kind in ("qwen2", "mistral") and "max_window_layers" not in more
+    assert type(steps_for(model, 4)) is (FusedSteps if fused else BatchedSteps)
     assert_alike(model, requests)
 
 
 def test_a_model_that_takes_no_batch_is_asked_in_turn(caplog: pytest.LogCaptureFixture) -> None:
-    model = tiny("llama")
+    model = tiny("gpt_neox")
     whole = model.forward
     model.forward = lambda **given: whole(**given | {"position_ids": None})  # reads the cache's length for all rows
     assert isinstance(steps_for(model, 4), SingleSteps)
-    assert "go in turn" in caplog.text
+    assert "BatchedSteps does not fit GPTNeoXForCausalLM" in caplog.text
 
 
 def test_requests_come_and_go_and_their_rows_move() -> None:
     model = with_adapters(tiny("llama", num_key_value_heads=2), ["lora", "loha", "hira"])
-    steps, alone = BatchedSteps(model, 3), SingleSteps(model)
+    steps, alone = steps_for(model, 3), SingleSteps(model)
+    assert isinstance(steps, FusedSteps)
     live: dict[int, list[Any]] = {}
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode():
