@@ -19,8 +19,9 @@ RANK = 8
 @cache
 def prompts() -> list[list[int]]:
     """Token ids; held-out questions of GSM8K, cut to one length, so that no side pads."""
-    from cluster.tokens import TokenTable
     from training_base import tokens
+
+    from cluster.tokens import TokenTable
 
     table = TokenTable.read(tokens("heldout", 60))
     rows = [table.input_ids(index)[:PROMPT].tolist() for index in range(len(table))]
@@ -41,8 +42,9 @@ def random_pairs(model: Any, seed: int, rank: int = RANK) -> dict[str, tuple[Ten
 
 def dense_model() -> Any:
     """The base in fp32."""
-    from cluster.model import build_variant
     from training_base import source
+
+    from cluster.model import build_variant
 
     return build_variant(source("dense"), "dense", torch.float32)
 

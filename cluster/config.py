@@ -155,7 +155,10 @@ class ServeConfig:
     max_new_tokens: Annotated[int, Ge(1), EXECUTION] = 512
     """Largest `max_tokens` of a request."""
     max_concurrent: Annotated[int, Ge(1), EXECUTION] = 16
-    """Requests in flight per replica; more are answered 429."""
+    """Requests that are answered at a time, per replica."""
+    max_waiting: Annotated[int, Ge(0), EXECUTION] = 48
+    """Requests that wait for their turn, per replica; the adapter with the fewest in flight is next. More are answered
+    429."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -195,7 +195,7 @@ def _deployment(config: ServeConfig) -> Any:
     @serve.deployment(
         name="rankline",
         num_replicas=config.num_replicas,
-        max_ongoing_requests=config.max_concurrent + _SPARE_REQUESTS,
+        max_ongoing_requests=config.max_concurrent + config.max_waiting + _SPARE_REQUESTS,
         max_queued_requests=_MAX_QUEUED,
         ray_actor_options={"num_cpus": config.num_cpus},
         logging_config={"enable_access_log": False},

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -29,7 +30,7 @@ _CHUNK = 256
 
 
 class BusyError(Exception):
-    """Every slot is taken."""
+    """Every slot and every waiting place is taken."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,12 @@ class Engine:
     """Owns the model and the worker thread. `submit` may be called from any thread."""
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, eos: Collection[int], max_concurrent: int
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        eos: Collection[int],
+        max_concurrent: int,
+        max_waiting: int = 0,
     ) -> None:
         """Start the worker.
 
@@ -104,15 +110,17 @@ class Engine:
             model: In evaluation mode, with its adapters injected; nobody else may use it from now on.
             tokenizer: For decoding; nobody else may use this object (tokenizers are not safe across threads).
             eos: Token ids that end an answer.
-            max_concurrent: Slots; a request beyond them is refused.
+            max_concurrent: Slots.
+            max_waiting: Requests that wait for a slot; one beyond them is refused.
         """
         from cluster.serving.steps import steps_for
 
         self._steps = steps_for(model, max_concurrent)
         self._tokenizer, self._eos = tokenizer, frozenset(eos)
-        self._max_concurrent = max_concurrent
+        self._max_concurrent, self._max_waiting = max_concurrent, max_waiting
         self._numbers = itertools.count()
         self._slots: list[Slot] = []
+        self._waiting: list[Slot] = []
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="rankline-engine", daemon=True)
@@ -125,20 +133,23 @@ class Engine:
 
     @property
     def num_live(self) -> int:
-        """Slots taken."""
-        return len(self._slots)
+        """Requests that have a slot or wait for one."""
+        return len(self._slots) + len(self._waiting)
 
     def submit(self, job: Job, emit: Callable[[Piece], None]) -> Slot:
-        """Admit a job. `emit` is called on the worker thread and must not block; when it raises, the job ends.
+        """Take in a job. `emit` is called on the worker thread and must not block; when it raises, the job ends.
 
         Raises:
-            BusyError: every slot is taken, or the engine is closed.
+            BusyError: every slot and every place in the line is taken, or the engine is closed.
         """
         with self._changed:
-            if self._closed or len(self._slots) >= self._max_concurrent:
-                raise BusyError(f"{len(self._slots)} of {self._max_concurrent} slots are taken")
+            if self._closed or self.num_live >= self._max_concurrent + self._max_waiting:
+                raise BusyError(
+                    f"{self.num_live} requests are there; {self._max_concurrent} at a time and {self._max_waiting} "
+                    "more that wait are allowed"
+                )
             slot = Slot(job, emit, self._tokenizer, next(self._numbers))
-            self._slots.append(slot)
+            self._waiting.append(slot)
             self._changed.notify()
         return slot
 
@@ -155,24 +166,33 @@ class Engine:
         with torch.inference_mode():
             while not self._closed:
                 self._round()
-        for slot in list(self._slots):
+        for slot in [*self._slots, *self._waiting]:
             self._end(slot, Piece("", slot.produced, "cancelled"))
 
     def _round(self) -> None:
         """One chunk of the oldest prompt, and one token for everybody who writes."""
         with self._changed:
-            self._changed.wait_for(lambda: self._slots or self._closed)
+            self._changed.wait_for(lambda: self._slots or self._waiting or self._closed)
+            gone = [slot for slot in [*self._slots, *self._waiting] if slot.cancelled]
+        for slot in gone:
+            self._end(slot, Piece("", slot.produced, "cancelled"))
+        with self._changed:
+            self._admit()
             slots = list(self._slots)
-        for slot in slots:
-            if slot.cancelled:
-                self._end(slot, Piece("", slot.produced, "cancelled"))
-        slots = [slot for slot in slots if not slot.cancelled]
         writing = [slot for slot in slots if slot.is_writing]
         reading = next((slot for slot in slots if not slot.is_writing), None)
         if reading is not None:
             self._attempt([reading], self._read)
         if writing:
             self._attempt(writing, self._write)
+
+    def _admit(self) -> None:
+        """Free slots go to those who wait: first to the adapter that has the fewest, then to the oldest."""
+        while self._waiting and len(self._slots) < self._max_concurrent:
+            taken = Counter(slot.job.adapter for slot in self._slots)
+            slot = min(self._waiting, key=lambda slot: taken[slot.job.adapter])
+            self._waiting.remove(slot)
+            self._slots.append(slot)
 
     def _attempt(self, slots: list[Slot], step: Callable[[list[Slot]], None]) -> None:
         """Run a step; where it fails, each of its jobs has it alone, and the one that fails again ends."""
@@ -214,9 +234,10 @@ class Engine:
     def _end(self, slot: Slot, piece: Piece) -> None:
         # The slot is free before the client hears of the end, so that its next request is not refused.
         with self._changed:
-            if slot not in self._slots:
+            held = next((held for held in (self._slots, self._waiting) if slot in held), None)
+            if held is None:
                 return
-            self._slots.remove(slot)
+            held.remove(slot)
         self._steps.release(slot.number)
         self._emit(slot, piece)
 

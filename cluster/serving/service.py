@@ -78,7 +78,7 @@ class Service:
         self._vocab_size = int(text_config.vocab_size)
         self._context = int(getattr(text_config, "max_position_embeddings", None) or 2**31)
         eos = generation_defaults(model)["eos"] or [tokenizer.eos_token_id]
-        self._engine = Engine(model, copy.deepcopy(tokenizer), eos, config.max_concurrent)
+        self._engine = Engine(model, copy.deepcopy(tokenizer), eos, config.max_concurrent, config.max_waiting)
         self.created = int(time.time())
 
     @classmethod

@@ -39,7 +39,17 @@ EXECUTION = {
     },
     "evaluate": {"rows_per_unit", "batch_size"},
     "register": {"tracking_uri", "experiment"},
-    "serve": {"enabled", "host", "port", "num_replicas", "num_cpus", "token_file", "max_new_tokens", "max_concurrent"},
+    "serve": {
+        "enabled",
+        "host",
+        "port",
+        "num_replicas",
+        "num_cpus",
+        "token_file",
+        "max_new_tokens",
+        "max_concurrent",
+        "max_waiting",
+    },
     "cluster": {"address", "num_cpus", "max_in_flight", "task_cpus", "token_file"},
     "store": {"path"},
 }

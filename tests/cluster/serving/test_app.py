@@ -34,7 +34,7 @@ ROUTES = {"/v1/chat/completions": CHAT, "/v1/completions": COMPLETION}
 def service(served: tuple[ModelSource, dict[str, str]]) -> Iterator[Service]:
     source, adapters = served
     spec = ServeSpec(app_name="test", source=source, base_model_id=BASE, adapters=adapters)
-    service = Service.load(spec, ServeConfig(max_new_tokens=200, max_concurrent=4))
+    service = Service.load(spec, ServeConfig(max_new_tokens=200, max_concurrent=4, max_waiting=0))
     yield service
     service.close()
 

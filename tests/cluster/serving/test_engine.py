@@ -105,7 +105,7 @@ def test_seed_repeats_and_matters(engine: Engine) -> None:
 def test_busy_and_free_again(engine: Engine) -> None:
     release = threading.Event()
     slots = [engine.submit(Job(None, PROMPT, 200, GREEDY), lambda _: release.wait(10)) for _ in range(4)]
-    with pytest.raises(BusyError, match="4 of 4"):
+    with pytest.raises(BusyError, match="4 requests are there"):
         engine.submit(Job(None, PROMPT, 1), lambda _: None)
     for slot in slots:
         slot.cancel()
@@ -114,6 +114,29 @@ def test_busy_and_free_again(engine: Engine) -> None:
     while engine.num_live and time.monotonic() < deadline:
         time.sleep(0.01)
     assert run(engine, Job(None, PROMPT, 3, GREEDY))[0][1].finish == "length"
+
+
+def test_free_slots_go_to_the_adapter_that_has_the_fewest(adapted: Any, tokenizer: Any) -> None:
+    engine = Engine(adapted, tokenizer, [EOS], max_concurrent=2, max_waiting=4)
+    answered: list[str] = []
+    held, release = threading.Event(), threading.Event()
+
+    def hold(piece: Piece) -> None:
+        held.set()
+        release.wait(10)
+
+    engine.submit(Job("one", PROMPT, 100, GREEDY), hold)
+    assert held.wait(10)
+    for adapter, name in [("one", "a"), ("one", "b"), ("one", "c"), ("two", "d"), (None, "e")]:
+        engine.submit(Job(adapter, PROMPT, 3, GREEDY), lambda piece, name=name: piece.finish and answered.append(name))
+    with pytest.raises(BusyError, match="6 requests are there; 2 at a time and 4 more"):
+        engine.submit(Job(None, PROMPT, 1), lambda _: None)
+    release.set()
+    deadline = time.monotonic() + 20
+    while engine.num_live and time.monotonic() < deadline:
+        time.sleep(0.01)
+    engine.close()
+    assert answered == ["d", "e", "a", "b", "c"]
 
 
 def test_cancel_ends_early(engine: Engine) -> None:
