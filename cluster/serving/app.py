@@ -8,7 +8,8 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from cluster.serving.auth import TokenCheck
@@ -31,38 +32,66 @@ class Answer:
 
     def __init__(self, request: GenerationRequest) -> None:
         self._chat = isinstance(request, ChatRequest)
+        self._logprobs = request.wanted_logprobs is not None
         self._model = request.model
         self._id = f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._created = int(time.time())
+        self._written: dict[int, int] = {}
 
-    def whole(self, text: str, last: Piece, prompt_tokens: int) -> dict[str, Any]:
-        """The object of an answer that is not streamed."""
-        content = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
-        body = self._object("chat.completion", [content | self._choice(last)])
-        return body | {"usage": usage(prompt_tokens, last.completion_tokens)}
+    def whole(self, choices: Sequence[Sequence[Piece]], prompt_tokens: int) -> dict[str, Any]:
+        """The object of an answer that is not streamed, from all pieces of its choices."""
+        made = []
+        for index, pieces in enumerate(choices):
+            text = "".join(piece.text for piece in pieces)
+            content = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
+            noted = tuple(token for piece in pieces for token in piece.logprobs)
+            made.append(content | self._choice(index, replace(pieces[-1], logprobs=noted)))
+        body = self._object("chat.completion", made)
+        return body | {"usage": usage(prompt_tokens, sum(pieces[-1].completion_tokens for pieces in choices))}
 
-    def opening(self) -> dict[str, Any] | None:
+    def opening(self, index: int) -> dict[str, Any] | None:
         """A chat stream first says who speaks."""
-        return self._chunk({"role": "assistant", "content": ""}, Piece("", 0)) if self._chat else None
+        return self._chunk(index, {"role": "assistant", "content": ""}, Piece("", 0)) if self._chat else None
 
-    def chunk(self, piece: Piece) -> dict[str, Any]:
+    def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
         """One piece of a stream."""
-        return self._chunk({"content": piece.text} if piece.text else {}, piece)
+        return self._chunk(index, {"content": piece.text} if piece.text else {}, piece)
 
     def usage_chunk(self, prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
         """The last chunk of a stream that asked for usage."""
         return self._object("chat.completion.chunk", []) | {"usage": usage(prompt_tokens, completion_tokens)}
 
-    def _chunk(self, delta: dict[str, str], piece: Piece) -> dict[str, Any]:
+    def _chunk(self, index: int, delta: dict[str, str], piece: Piece) -> dict[str, Any]:
         content: dict[str, Any] = {"delta": delta} if self._chat else {"text": piece.text}
-        return self._object("chat.completion.chunk", [content | self._choice(piece)])
+        return self._object("chat.completion.chunk", [content | self._choice(index, piece)])
 
-    def _choice(self, piece: Piece) -> dict[str, Any]:
-        return {"index": 0, "logprobs": None, "finish_reason": piece.finish}
+    def _choice(self, index: int, piece: Piece) -> dict[str, Any]:
+        return {"index": index, "logprobs": self._noted(index, piece), "finish_reason": piece.finish}
+
+    def _noted(self, index: int, piece: Piece) -> dict[str, Any] | None:
+        if not self._logprobs or not piece.logprobs:
+            return None
+        if self._chat:
+            return {"content": [_entry(t.token, t.logprob) | {"top_logprobs": [_entry(*e) for e in t.top]}
+                                for t in piece.logprobs]}  # fmt: skip
+        offsets = []
+        for token in piece.logprobs:
+            offsets.append(self._written.get(index, 0))
+            self._written[index] = offsets[-1] + len(token.token)
+        return {
+            "tokens": [token.token for token in piece.logprobs],
+            "token_logprobs": [token.logprob for token in piece.logprobs],
+            "top_logprobs": [dict(token.top) for token in piece.logprobs],
+            "text_offset": offsets,
+        }
 
     def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         kind = kind if self._chat else "text_completion"
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model, "choices": choices}
+
+
+def _entry(token: str, logprob: float) -> dict[str, Any]:
+    return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
 
 
 def _event(value: Any) -> bytes:
@@ -73,41 +102,55 @@ def _failed() -> ApiError:
     return ApiError(500, "The generation failed; see the replica's log.", type="server_error", code="internal_error")
 
 
-def _note(facts: dict[str, Any], piece: Piece) -> None:
-    facts["completion_tokens"], facts["finish"] = piece.completion_tokens, piece.finish or "client_left"
+class _Progress:
+    """What the access log is told of a running answer."""
+
+    def __init__(self, facts: dict[str, Any]) -> None:
+        self._facts = facts
+        self._tokens: dict[int, int] = {}
+
+    def note(self, choice: int, piece: Piece) -> None:
+        """Count a piece in."""
+        self._tokens[choice] = piece.completion_tokens
+        self._facts["completion_tokens"], self._facts["finish"] = self.tokens, piece.finish or "client_left"
+
+    @property
+    def tokens(self) -> int:
+        """Produced by all choices."""
+        return sum(self._tokens.values())
 
 
 async def _events(request: GenerationRequest, generation: Generation, facts: dict[str, Any]) -> AsyncIterator[bytes]:
     """Server-sent events of one answer, ending with `[DONE]`."""
-    answer = Answer(request)
+    answer, progress = Answer(request), _Progress(facts)
     extra = {"usage": None} if request.include_usage else {}
-    opening = answer.opening()
-    if opening is not None:
-        yield _event(opening | extra)
-    async for piece in generation.pieces():
-        _note(facts, piece)
+    for choice in range(request.n or 1):
+        opening = answer.opening(choice)
+        if opening is not None:
+            yield _event(opening | extra)
+    async for choice, piece in generation.pieces():
+        progress.note(choice, piece)
         if piece.finish in ("error", "cancelled"):
             yield _event(_failed().body())
             return
-        if piece.text:
-            yield _event(answer.chunk(Piece(piece.text, piece.completion_tokens)) | extra)
+        if piece.text or piece.logprobs:
+            yield _event(answer.chunk(choice, replace(piece, finish=None)) | extra)
         if piece.finish is not None:
-            yield _event(answer.chunk(Piece("", piece.completion_tokens, piece.finish)) | extra)
-            if request.include_usage:
-                yield _event(answer.usage_chunk(generation.prompt_tokens, piece.completion_tokens))
+            yield _event(answer.chunk(choice, Piece("", piece.completion_tokens, piece.finish)) | extra)
+    if request.include_usage:
+        yield _event(answer.usage_chunk(generation.prompt_tokens, progress.tokens))
     yield b"data: [DONE]\n\n"
 
 
 async def _collect(request: GenerationRequest, generation: Generation, facts: dict[str, Any]) -> dict[str, Any]:
-    texts: list[str] = []
-    last = Piece("", 0)
-    async for piece in generation.pieces():
-        texts.append(piece.text)
-        last = piece
-        _note(facts, piece)
-    if last.finish in ("error", "cancelled"):
-        raise _failed()
-    return Answer(request).whole("".join(texts), last, generation.prompt_tokens)
+    choices: list[list[Piece]] = [[] for _ in range(request.n or 1)]
+    progress = _Progress(facts)
+    async for choice, piece in generation.pieces():
+        choices[choice].append(piece)
+        progress.note(choice, piece)
+        if piece.finish in ("error", "cancelled"):
+            raise _failed()
+    return Answer(request).whole(choices, generation.prompt_tokens)
 
 
 def _note_start(facts: dict[str, Any], request: GenerationRequest, generation: Generation) -> None:

@@ -67,6 +67,25 @@ def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     return probabilities.index_fill(0, index[outside], 0.0)
 
 
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A chosen token as text, log p of it, and the likeliest tokens with theirs; p is the model's, untempered."""
+
+    token: str
+    logprob: float
+    top: tuple[tuple[str, float], ...] = ()
+
+
+def token_logprob(logits: Tensor, token: int, top: int, tokenizer: PreTrainedTokenizerBase) -> TokenLogprob:
+    """What the model gave `token` in logits (vocabulary,), beside its `top` likeliest."""
+    import torch
+
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    values, ids = logprobs.topk(top)
+    texts: list[str] = [tokenizer.decode([int(i)]) for i in (token, *ids.tolist())]
+    return TokenLogprob(texts[0], float(logprobs[token]), tuple(zip(texts[1:], values.tolist(), strict=True)))
+
+
 class Detokenizer:
     """Text of a growing list of tokens, piece by piece, never half a character.
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from cluster.serving.decoding import Detokenizer, Sampler, Sampling, StopFilter
+from cluster.serving.decoding import Detokenizer, Sampler, Sampling, StopFilter, TokenLogprob, token_logprob
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,22 +35,27 @@ class BusyError(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """One generation: `adapter` is the name that the model's layers know (None: the bare base)."""
+    """One generation: `adapter` is the name that the model's layers know (None: the bare base).
+
+    With `top_logprobs` (>= 0) every token comes with its log-probability and that many of the likeliest.
+    """
 
     adapter: str | None
     prompt: tuple[int, ...]
     max_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
     stops: tuple[str, ...] = ()
+    top_logprobs: int | None = None
 
 
 @dataclass(frozen=True)
 class Piece:
-    """New text of a job; the last piece says why it ended."""
+    """New text of a job with the tokens that it came from; the last piece says why it ended."""
 
     text: str
     completion_tokens: int
     finish: Finish | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class Slot:
@@ -68,6 +73,8 @@ class Slot:
         self.produced = 0
         self.cancelled = False
         self.sample = Sampler(job.sampling)
+        self._tokenizer = tokenizer
+        self._noted: list[TokenLogprob] = []
         self._text = Detokenizer(tokenizer, job.prompt)
         self._filter = StopFilter(job.stops)
 
@@ -85,12 +92,19 @@ class Slot:
         self.produced += 1
         self.token = token
         ended = token in eos
+        if not ended and self.job.top_logprobs is not None and self.logits is not None:
+            self._noted.append(token_logprob(self.logits, token, self.job.top_logprobs, self._tokenizer))
         text = "" if ended else self._filter.push(self._text.push(token))
-        if not self._filter.stopped and (ended or self.produced >= self.job.max_tokens):
+        finish: Finish | None = "stop" if self._filter.stopped else None
+        if finish is None and (ended or self.produced >= self.job.max_tokens):
             text += self._filter.push(self._text.finish())
             text += self._filter.finish()
-            return Piece(text, self.produced, "stop" if ended or self._filter.stopped else "length")
-        return Piece(text, self.produced, "stop" if self._filter.stopped else None)
+            finish = "stop" if ended or self._filter.stopped else "length"
+        return Piece(text, self.produced, finish, self._noted_so_far() if text or finish else ())
+
+    def _noted_so_far(self) -> tuple[TokenLogprob, ...]:
+        noted, self._noted = tuple(self._noted), []
+        return noted
 
 
 class Engine:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 MAX_BODY_BYTES = 2 * 1024 * 1024
 _MAX_MESSAGES = 4096
 _MAX_STOPS = 4
+_MOST_CHOICES = 8
 _MAX_STOP_CHARS = 256
 
 Text = Annotated[str, Field(max_length=MAX_BODY_BYTES)]
@@ -31,7 +32,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logit_bias": (None, {}),
     "min_p": (None, 0),
     "modalities": (None, ["text"]),
-    "n": (None, 1),
     "prediction": (None,),
     "presence_penalty": (None, 0),
     "repetition_penalty": (None, 1),
@@ -40,7 +40,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": (None, "none", "auto"),
     "tools": (None, []),
     "top_k": (None, 0, -1),
-    "top_logprobs": (None, 0),
 }
 """Fields that are not supported, with the values that ask for nothing."""
 
@@ -71,12 +70,12 @@ class ApiError(Exception):
         return json.dumps(self.body()).encode()
 
 
-class UnsupportedField(ValueError):
-    """A field that would change the meaning of the answer; `param` names it."""
+class RefusedField(ValueError):
+    """A field, named by `param`, whose value is not supported or does not fit the others."""
 
-    def __init__(self, param: str, message: str) -> None:
+    def __init__(self, param: str, message: str, code: str) -> None:
         super().__init__(message)
-        self.param = param
+        self.param, self.code = param, code
 
 
 class _Lenient(BaseModel):
@@ -117,6 +116,7 @@ class GenerationRequest(_Lenient):
     top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=_MAX_STOPS)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    n: Annotated[int, Field(ge=1, le=_MOST_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -126,14 +126,8 @@ class GenerationRequest(_Lenient):
         if isinstance(data, dict):
             for name, neutral in _NEUTRAL.items():
                 if name in data and data[name] not in neutral:
-                    raise UnsupportedField(name, f"`{name}` is not supported here; leave it out.")
-            if data.get("logprobs") not in (None, *cls._neutral_logprobs()):
-                raise UnsupportedField("logprobs", "`logprobs` is not supported here; leave it out.")
+                    raise RefusedField(name, f"`{name}` is not supported here; leave it out.", "unsupported_parameter")
         return data
-
-    @classmethod
-    def _neutral_logprobs(cls) -> tuple[Any, ...]:
-        return ()
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -146,6 +140,11 @@ class GenerationRequest(_Lenient):
         return self.max_tokens
 
     @property
+    def wanted_logprobs(self) -> int | None:
+        """How many of the likeliest tokens come with every token, and its own log-probability; null for neither."""
+        return None
+
+    @property
     def include_usage(self) -> bool:
         """Whether a stream ends with a usage chunk."""
         return self.stream_options is not None and self.stream_options.include_usage
@@ -156,10 +155,19 @@ class ChatRequest(GenerationRequest):
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=_MAX_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
-    @classmethod
-    def _neutral_logprobs(cls) -> tuple[Any, ...]:
-        return (False,)
+    @model_validator(mode="after")
+    def _top_needs_logprobs(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise RefusedField("top_logprobs", "`top_logprobs` needs `logprobs: true`.", "invalid_value")
+        return self
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """`top_logprobs`, where `logprobs` is true."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def wanted_tokens(self) -> int | None:
@@ -173,6 +181,12 @@ class CompletionRequest(GenerationRequest):
     prompt: (
         Text | Annotated[list[Text], Field(min_length=1, max_length=1)] | Annotated[list[TokenId], Field(min_length=1)]
     )
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """`logprobs`."""
+        return self.logprobs
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
@@ -188,8 +202,8 @@ def validation_error(errors: list[Any]) -> ApiError:
     """The first of pydantic's errors as 400. What the client sent is never repeated."""
     first: dict[str, Any] = errors[0] if errors else {"loc": (), "msg": "the request is not valid", "type": ""}
     cause = (first.get("ctx") or {}).get("error")
-    if isinstance(cause, UnsupportedField):
-        return ApiError(400, str(cause), param=cause.param, code="unsupported_parameter")
+    if isinstance(cause, RefusedField):
+        return ApiError(400, str(cause), param=cause.param, code=cause.code)
     if first["type"] == "json_invalid":
         return ApiError(400, "The body is not valid JSON.", code="invalid_json")
     path = [str(part) for part in first["loc"] if part != "body"]

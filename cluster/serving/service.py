@@ -6,7 +6,9 @@ import asyncio
 import copy
 import threading
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,33 +28,38 @@ _RETRY_AFTER_S = 1
 
 
 class Generation:
-    """A running job as an asynchronous sequence of pieces."""
+    """The running jobs of a request, one per choice, as an asynchronous sequence of pieces."""
 
     def __init__(self, prompt_tokens: int) -> None:
         self.prompt_tokens = prompt_tokens
         self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[Piece] = asyncio.Queue()
-        self._slot: Slot | None = None
+        self._queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
+        self._slots: list[Slot] = []
 
-    def start(self, engine: Engine, job: Job) -> None:
-        """Take a slot, or raise BusyError."""
-        self._slot = engine.submit(job, self._emit)
+    def start(self, engine: Engine, jobs: Sequence[Job]) -> None:
+        """Hand the jobs in, all or none; raises BusyError."""
+        try:
+            for choice, job in enumerate(jobs):
+                self._slots.append(engine.submit(job, partial(self._emit, choice)))
+        except BusyError:
+            self.cancel()
+            raise
 
-    def _emit(self, piece: Piece) -> None:
-        self._loop.call_soon_threadsafe(self._queue.put_nowait, piece)
+    def _emit(self, choice: int, piece: Piece) -> None:
+        self._loop.call_soon_threadsafe(self._queue.put_nowait, (choice, piece))
 
     def cancel(self) -> None:
         """The client has left, or the answer is complete."""
-        if self._slot is not None:
-            self._slot.cancel()
+        for slot in self._slots:
+            slot.cancel()
 
-    async def pieces(self) -> AsyncIterator[Piece]:
-        """Every piece; the last has `finish` set."""
-        while True:
-            piece = await self._queue.get()
-            yield piece
-            if piece.finish is not None:
-                return
+    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+        """Every piece with the number of its choice; the last of a choice has `finish` set."""
+        left = len(self._slots)
+        while left:
+            choice, piece = await self._queue.get()
+            left -= piece.finish is not None
+            yield choice, piece
 
 
 class Service:
@@ -172,12 +179,16 @@ class Service:
         sampling = Sampling(
             temperature=1.0 if request.temperature is None else request.temperature,
             top_p=1.0 if request.top_p is None else request.top_p,
-            seed=request.seed,
         )
         generation = Generation(len(prompt))
-        job = Job(self._models[request.model], tuple(prompt), max_tokens, sampling, request.stops)
+        # Choices differ by their seeds; the first one's is the seed that was given.
+        seeds = [None if request.seed is None else _seed(request.seed + choice) for choice in range(request.n or 1)]
+        samplings = [replace(sampling, seed=seed) for seed in seeds]
+        adapter, stops, top = self._models[request.model], request.stops, request.wanted_logprobs
         try:
-            generation.start(self._engine, job)
+            generation.start(
+                self._engine, [Job(adapter, tuple(prompt), max_tokens, own, stops, top) for own in samplings]
+            )
         except BusyError as error:
             raise ApiError(
                 429,
@@ -208,6 +219,11 @@ class Service:
                 code="context_length_exceeded",
             )
         return wanted or min(room, self._max_new_tokens, default or self._max_new_tokens)
+
+
+def _seed(wanted: int) -> int:
+    """Back into 64 bits with a sign."""
+    return (wanted + 2**63) % 2**64 - 2**63
 
 
 def _build(spec: ServeSpec, paths: Mapping[str, Any]) -> PreTrainedModel:

@@ -16,7 +16,8 @@ from cluster.config import ServeConfig
 from cluster.model import ModelSource, build_adapted
 from cluster.serving.app import create_app
 from cluster.serving.auth import TokenCheck
-from cluster.serving.engine import Job, Piece
+from cluster.serving.decoding import Sampling
+from cluster.serving.engine import Job
 from cluster.serving.protocol import MAX_BODY_BYTES
 from cluster.serving.service import Service
 from cluster.serving.spec import ServeSpec
@@ -115,6 +116,68 @@ def test_each_model_answers_its_own_way_and_streams_the_same(service: Service, p
     assert len(texts) == 3
 
 
+def choices_of(response: httpx.Response) -> list[str]:
+    found = response.json()["choices"]
+    assert [choice["index"] for choice in found] == list(range(len(found)))
+    return [c["message"]["content"] if "message" in c else c["text"] for c in found]
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_several_choices_differ_by_their_seeds(service: Service, path: str) -> None:
+    warm = {"temperature": 1.5, "seed": 5}
+    three = post(service, path, n=3, **warm)
+    texts = choices_of(three)
+    assert len(set(texts)) == 3
+    assert texts == [choices_of(post(service, path, temperature=1.5, seed=5 + i))[0] for i in range(3)]
+    assert three.json()["usage"]["completion_tokens"] == 36
+    streamed = ["", "", ""]
+    chunks = events(post(service, path, n=3, stream=True, stream_options={"include_usage": True}, **warm))
+    for chunk in chunks[:-1]:
+        [choice] = chunk["choices"]
+        streamed[choice["index"]] += choice["delta"].get("content", "") if "delta" in choice else choice["text"]
+    assert streamed == texts
+    assert chunks[-1]["usage"] == three.json()["usage"]
+    assert sum(chunk["choices"][0]["finish_reason"] == "length" for chunk in chunks[:-1]) == 3
+    assert choices_of(post(service, path, n=2, temperature=1.5, seed=2**63 - 1))
+    assert_error(post(service, path, n=5), 429, "engine_busy")  # four slots, nobody waits
+    assert choices_of(post(service, path, n=4))
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_logprobs_are_those_of_the_model(
+    service: Service, served: tuple[ModelSource, dict[str, str]], path: str
+) -> None:
+    source, adapters = served
+    chat = "chat" in path
+    wanted = {"logprobs": True, "top_logprobs": 3} if chat else {"logprobs": 3}
+    choice = post(service, path, max_tokens=5, **wanted).json()["choices"][0]
+    noted = choice["logprobs"]
+    if chat:
+        tokens = [entry["token"] for entry in noted["content"]]
+        values = [entry["logprob"] for entry in noted["content"]]
+        tops = [{e["token"]: e["logprob"] for e in entry["top_logprobs"]} for entry in noted["content"]]
+        text = choice["message"]["content"]
+    else:
+        tokens, values, tops, text = noted["tokens"], noted["token_logprobs"], noted["top_logprobs"], choice["text"]
+        assert noted["text_offset"] == [0, 1, 2, 3, 4]
+    assert len(tokens) == 5
+    assert all(max(top.values()) == pytest.approx(value) for top, value in zip(tops, values, strict=True))  # greedy
+    assert [len(top) for top in tops] == [3] * 5
+    model = build_adapted(source, torch.float32, {"a": Path(adapters[ONE])})
+    prompt = list(b"<|user|>hello\n<|assistant|>" if chat else b"hello")
+    ids = [service._tokenizer.convert_tokens_to_ids(t) for t in service._tokenizer.tokenize("".join(map(chr, prompt)))]
+    answer = service._tokenizer(text, add_special_tokens=False).input_ids
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids + answer])).logits[0, len(ids) - 1 : -1]
+    expected = torch.log_softmax(logits, -1)[range(len(answer)), answer]
+    assert values[: len(answer)] == pytest.approx(expected.tolist(), abs=1e-3)
+    streamed = events(post(service, path, max_tokens=5, stream=True, **wanted))
+    parts = [c["choices"][0]["logprobs"] for c in streamed if c["choices"][0]["logprobs"]]
+    again = [e for part in parts for e in (part["content"] if chat else part["token_logprobs"])]
+    assert [e["logprob"] if chat else e for e in again] == pytest.approx(values)
+    assert post(service, path, max_tokens=2).json()["choices"][0]["logprobs"] is None
+
+
 def test_a_chat_stream_opens_with_the_role(service: Service) -> None:
     first = events(post(service, "/v1/chat/completions", stream=True))[0]
     assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
@@ -151,7 +214,7 @@ def test_a_body_without_its_content_type_is_explained(service: Service) -> None:
 
 def test_unsupported_and_out_of_range(service: Service) -> None:
     path = "/v1/chat/completions"
-    assert assert_error(post(service, path, n=2), 400, "unsupported_parameter")["param"] == "n"
+    assert assert_error(post(service, path, n=9), 400, "invalid_value")["param"] == "n"
     assert assert_error(post(service, path, temperature=3), 400)["param"] == "temperature"
     assert "at most 200" in assert_error(post(service, path, max_tokens=201), 400)["message"]
     long = [{"role": "user", "content": "x" * 230}]
@@ -179,7 +242,8 @@ def test_a_body_too_large(service: Service) -> None:
 
 
 def test_busy_is_429_with_retry_after(service: Service) -> None:
-    slots = [service._engine.submit(Job(None, (1, 2), 10**6), lambda _: None) for _ in range(4)]
+    endless = Job(None, (1, 2), 10**6, Sampling(temperature=0))
+    slots = [service._engine.submit(endless, lambda _: None) for _ in range(4)]
     try:
         for path in ROUTES:
             response = post(service, path)
@@ -221,7 +285,10 @@ def test_a_client_that_leaves_frees_its_slot(service: Service, stream: bool) -> 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_failed_generation(service: Service, stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service._engine, "_advance", lambda slot: Piece("", 0, "error"))
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(service._engine._steps, "prefill", fail)
     response = post(service, "/v1/completions", stream=stream)
     if stream:
         assert json.loads(response.text.strip().removeprefix("data: "))["error"]["code"] == "internal_error"

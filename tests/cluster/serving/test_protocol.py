@@ -26,7 +26,7 @@ def test_harmless_fields_are_ignored() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("n", 2), ("tools", [{"type": "function"}]), ("logprobs", True), ("top_logprobs", 3), ("presence_penalty", 0.5),
+    [("tools", [{"type": "function"}]), ("presence_penalty", 0.5),
      ("logit_bias", {"5": 1}), ("response_format", {"type": "json_object"}), ("top_k", 5)],
 )  # fmt: skip
 def test_fields_that_change_the_meaning_are_refused(field: str, value: Any) -> None:
@@ -39,7 +39,8 @@ def test_fields_that_change_the_meaning_are_refused(field: str, value: Any) -> N
     ("field", "value"),
     [("temperature", -1), ("temperature", 2.5), ("temperature", float("nan")), ("top_p", 1.5), ("max_tokens", 0),
      ("max_tokens", 2.5), ("max_completion_tokens", 0), ("stop", ["a"] * 5), ("stop", ""), ("stop", "x" * 257),
-     ("seed", 2**63), ("seed", "one"), ("stream", "yes"), ("model", ""), ("model", None), ("messages", [])],
+     ("seed", 2**63), ("seed", "one"), ("stream", "yes"), ("model", ""), ("model", None), ("messages", []),
+     ("n", 0), ("n", 9), ("n", 1.5), ("logprobs", 1), ("top_logprobs", 21)],
 )  # fmt: skip
 def test_values_out_of_range_name_their_field(field: str, value: Any) -> None:
     error = refuse(ChatRequest, CHAT | {field: value})
@@ -83,8 +84,13 @@ def test_prompts_that_are_refused(prompt: Any) -> None:
     assert refuse(CompletionRequest, {"model": "m", "prompt": prompt}).param == "prompt"
 
 
-def test_completions_know_no_logprobs_at_all() -> None:
-    assert refuse(CompletionRequest, {"model": "m", "prompt": "a", "logprobs": 0}).param == "logprobs"
+def test_top_logprobs_need_logprobs() -> None:
+    error = refuse(ChatRequest, CHAT | {"top_logprobs": 3})
+    assert (error.param, error.code) == ("top_logprobs", "invalid_value")
+    assert ChatRequest.model_validate(CHAT | {"logprobs": True}).wanted_logprobs == 0
+    assert ChatRequest.model_validate(CHAT | {"logprobs": False, "top_logprobs": 0}).wanted_logprobs is None
+    assert refuse(CompletionRequest, {"model": "m", "prompt": "a", "logprobs": 6}).param == "logprobs"
+    assert CompletionRequest.model_validate({"model": "m", "prompt": "a", "logprobs": 0}).wanted_logprobs == 0
 
 
 def test_several_errors_are_counted() -> None:
