@@ -14,8 +14,8 @@ from lowrank.adapters.base import Adapter
 from lowrank.errors import AdapterError
 from lowrank.kernels.grouped import GroupedPairs
 
-#: Ranks up to which a change that is a pair B A is applied as one; of larger ones the family's own form is smaller.
-_MOST_RANKS = 128
+#: Ranks, and numbers over those of the adapter, up to which a change that is a pair B A is kept as one for a `Mix`.
+_MOST_RANKS, _MOST_NUMBERS = 128, 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +61,13 @@ class AdaptedLinear(nn.Module):
         return changed
 
     def mix_into(self, y: Tensor, x: Tensor, mix: Mix) -> None:
-        """Change what the base made of x (rows, n), y (rows, m), in place, each row by its own adapter."""
+        """Change what the base made of x (rows, n), y (rows, m), in place, each row by its own adapter.
+
+        Raises:
+            AdapterError: the mix is of other rows.
+        """
+        if len(x) != len(mix.names):
+            raise AdapterError(f"mix adapters: {len(x)} rows came to a layer, the mix is of {len(mix.names)}.")
         if self._prepared is None or self._prepared[0] is not mix:
             self._prepared = (mix, *self._prepare(mix, x.device))
         _, grouped, others = self._prepared
@@ -84,7 +90,8 @@ class AdaptedLinear(nn.Module):
             adapter = self.adapters[name]
             assert isinstance(adapter, Adapter)
             form = adapter.low_rank() if adapter.export == "exact" else None
-            if form is None or len(form[1]) > _MOST_RANKS:
+            own = sum(tensor.numel() for tensor in (*adapter.parameters(), *adapter.buffers()))
+            if form is None or len(form[1]) > _MOST_RANKS or sum(p.numel() for p in form) > _MOST_NUMBERS * own:
                 self._pairs[name] = None
             else:
                 self._pairs[name] = form[1].detach().contiguous(), form[0].detach().T.contiguous()

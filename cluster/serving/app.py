@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from cluster.serving.auth import TokenCheck
+from cluster.serving.decoding import TokenLogprob
 from cluster.serving.engine import Piece
 from cluster.serving.middleware import FACTS, AccessLog, App, Guard
 from cluster.serving.protocol import (
@@ -36,7 +37,6 @@ class Answer:
         self._model = request.model
         self._id = f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._created = int(time.time())
-        self._written: dict[int, int] = {}
 
     def whole(self, choices: Sequence[Sequence[Piece]], prompt_tokens: int) -> dict[str, Any]:
         """The object of an answer that is not streamed, from all pieces of its choices."""
@@ -66,23 +66,19 @@ class Answer:
         return self._object("chat.completion.chunk", [content | self._choice(index, piece)])
 
     def _choice(self, index: int, piece: Piece) -> dict[str, Any]:
-        return {"index": index, "logprobs": self._noted(index, piece), "finish_reason": piece.finish}
+        return {"index": index, "logprobs": self._noted(piece), "finish_reason": piece.finish}
 
-    def _noted(self, index: int, piece: Piece) -> dict[str, Any] | None:
-        if not self._logprobs or not piece.logprobs:
+    def _noted(self, piece: Piece) -> dict[str, Any] | None:
+        if not self._logprobs:
             return None
         if self._chat:
             return {"content": [_entry(t.token, t.logprob) | {"top_logprobs": [_entry(*e) for e in t.top]}
                                 for t in piece.logprobs]}  # fmt: skip
-        offsets = []
-        for token in piece.logprobs:
-            offsets.append(self._written.get(index, 0))
-            self._written[index] = offsets[-1] + len(token.token)
         return {
             "tokens": [token.token for token in piece.logprobs],
             "token_logprobs": [token.logprob for token in piece.logprobs],
-            "top_logprobs": [dict(token.top) for token in piece.logprobs],
-            "text_offset": offsets,
+            "top_logprobs": [_by_text(token) for token in piece.logprobs],
+            "text_offset": [token.offset for token in piece.logprobs],
         }
 
     def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -91,7 +87,16 @@ class Answer:
 
 
 def _entry(token: str, logprob: float) -> dict[str, Any]:
-    return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+    """`bytes` is null for a token that is part of a character, whose text does not tell it."""
+    return {"token": token, "logprob": logprob, "bytes": None if "\ufffd" in token else list(token.encode())}
+
+
+def _by_text(token: TokenLogprob) -> dict[str, float]:
+    """The likeliest tokens and the chosen one; of several with one text the likeliest counts."""
+    found: dict[str, float] = {}
+    for text, value in (*token.top, (token.token, token.logprob)):
+        found.setdefault(text, value)
+    return found
 
 
 def _event(value: Any) -> bytes:

@@ -67,23 +67,51 @@ def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     return probabilities.index_fill(0, index[outside], 0.0)
 
 
+#: In place of a log-probability below what fp32 holds, as JSON knows no infinity.
+_LEAST_LOGPROB = -9999.0
+
+
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A chosen token as text, log p of it, and the likeliest tokens with theirs; p is the model's, untempered."""
+    """A chosen token as text, log p of it, and the likeliest tokens with theirs; p is the model's, untempered.
+
+    `offset` is where its text begins in the answer. A token that ends inside a character has U+FFFD for text.
+    """
 
     token: str
     logprob: float
     top: tuple[tuple[str, float], ...] = ()
+    offset: int = 0
 
 
-def token_logprob(logits: Tensor, token: int, top: int, tokenizer: PreTrainedTokenizerBase) -> TokenLogprob:
-    """What the model gave `token` in logits (vocabulary,), beside its `top` likeliest."""
+def token_logprob(
+    logits: Tensor, token: int, before: int, top: int, tokenizer: PreTrainedTokenizerBase
+) -> TokenLogprob:
+    """What the model gave `token` in logits (vocabulary,) after the token `before`, beside its `top` likeliest.
+
+    Raises:
+        FloatingPointError: the logits are not numbers.
+    """
     import torch
 
     logprobs = torch.log_softmax(logits.float(), dim=-1)
+    if bool(torch.isnan(logprobs).any()):
+        raise FloatingPointError("the model's logits are not numbers")
+    logprobs = logprobs.clamp(min=_LEAST_LOGPROB)
     values, ids = logprobs.topk(top)
-    texts: list[str] = [tokenizer.decode([int(i)]) for i in (token, *ids.tolist())]
+    texts = [_text_after(before, int(i), tokenizer) for i in (token, *ids.tolist())]
     return TokenLogprob(texts[0], float(logprobs[token]), tuple(zip(texts[1:], values.tolist(), strict=True)))
+
+
+def _text_after(before: int, token: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of a token in its place: SentencePiece drops the space of a first one."""
+
+    def decode(ids: list[int]) -> str:
+        text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
+    start, whole = decode([before]), decode([before, token])
+    return whole[len(start) :] if whole.startswith(start) and not start.endswith(_REPLACEMENT) else decode([token])
 
 
 class Detokenizer:

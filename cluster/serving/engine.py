@@ -1,8 +1,8 @@
 """A slot engine: one model, several requests, continuously batched by one worker thread.
 
-Requests join and leave between steps. In every round the oldest prompt that is not read yet gets one chunk of it read,
-and all requests that are writing get one token together, each with its own adapter: a long prompt holds nobody up for
-longer than a chunk takes. A request's logits are those that it would have alone, to rounding.
+Requests join and leave between steps. In every round one prompt gets a chunk of it read, and all requests that are
+writing get one token together, each with its own adapter: a long prompt holds nobody up for longer than a chunk takes.
+A request's logits are those that it would have alone, to rounding.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import itertools
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from cluster.serving.decoding import Detokenizer, Sampler, Sampling, StopFilter, TokenLogprob, token_logprob
@@ -68,13 +68,14 @@ class Slot:
         self.emit = emit
         self.number = number
         self.read = 0
-        self.token = 0
+        self.token = job.prompt[-1]
         self.logits: Tensor | None = None
         self.produced = 0
         self.cancelled = False
         self.sample = Sampler(job.sampling)
         self._tokenizer = tokenizer
         self._noted: list[TokenLogprob] = []
+        self._note_offset = self._sent = 0
         self._text = Detokenizer(tokenizer, job.prompt)
         self._filter = StopFilter(job.stops)
 
@@ -90,21 +91,31 @@ class Slot:
     def accept(self, token: int, eos: Collection[int]) -> Piece:
         """Take the next token and say what there is to send."""
         self.produced += 1
-        self.token = token
+        before, self.token = self.token, token
         ended = token in eos
-        if not ended and self.job.top_logprobs is not None and self.logits is not None:
-            self._noted.append(token_logprob(self.logits, token, self.job.top_logprobs, self._tokenizer))
+        if not ended:
+            self._note(token, before)
         text = "" if ended else self._filter.push(self._text.push(token))
         finish: Finish | None = "stop" if self._filter.stopped else None
         if finish is None and (ended or self.produced >= self.job.max_tokens):
             text += self._filter.push(self._text.finish())
             text += self._filter.finish()
             finish = "stop" if ended or self._filter.stopped else "length"
+        self._sent += len(text)
         return Piece(text, self.produced, finish, self._noted_so_far() if text or finish else ())
 
+    def _note(self, token: int, before: int) -> None:
+        """Keep a token's log-probability, if it was asked for."""
+        if self.job.top_logprobs is None or self.logits is None:
+            return
+        found = token_logprob(self.logits, token, before, self.job.top_logprobs, self._tokenizer)
+        self._noted.append(replace(found, offset=self._note_offset))
+        self._note_offset += len(found.token)
+
     def _noted_so_far(self) -> tuple[TokenLogprob, ...]:
-        noted, self._noted = tuple(self._noted), []
-        return noted
+        """What was kept since the last time, without the tokens of a stop string."""
+        noted, self._noted = self._noted, []
+        return tuple(one for one in noted if not self._filter.stopped or one.offset < self._sent)
 
 
 class Engine:
@@ -150,22 +161,41 @@ class Engine:
         """Requests that have a slot or wait for one."""
         return len(self._slots) + len(self._waiting)
 
+    @property
+    def capacity(self) -> int:
+        """Most requests that can be there."""
+        return self._max_concurrent + self._max_waiting
+
     def submit(self, job: Job, emit: Callable[[Piece], None]) -> Slot:
-        """Take in a job. `emit` is called on the worker thread and must not block; when it raises, the job ends.
+        """`submit_all` of one."""
+        return self.submit_all([job], [emit])[0]
+
+    def submit_all(self, jobs: Sequence[Job], emits: Sequence[Callable[[Piece], None]]) -> list[Slot]:
+        """Take in jobs, all or none. An `emit` is called on the worker thread and must not block; when it raises, its
+        job ends.
 
         Raises:
-            BusyError: every slot and every place in the line is taken, or the engine is closed.
+            BusyError: every slot and every place in the line is taken, or half of the line by the same adapter, or
+                the engine is closed.
         """
         with self._changed:
-            if self._closed or self.num_live >= self._max_concurrent + self._max_waiting:
-                raise BusyError(
-                    f"{self.num_live} requests are there; {self._max_concurrent} at a time and {self._max_waiting} "
-                    "more that wait are allowed"
-                )
-            slot = Slot(job, emit, self._tokenizer, next(self._numbers))
-            self._waiting.append(slot)
+            if self._closed:
+                raise BusyError("the engine is closed")
+            self._refuse_too_many(jobs)
+            made = [
+                Slot(job, emit, self._tokenizer, next(self._numbers)) for job, emit in zip(jobs, emits, strict=True)
+            ]
+            self._waiting += made
             self._changed.notify()
-        return slot
+        return made
+
+    def _refuse_too_many(self, jobs: Sequence[Job]) -> None:
+        allowed = f"{self._max_concurrent} at a time and {self._max_waiting} more that wait are allowed"
+        if self.num_live + len(jobs) > self.capacity:
+            raise BusyError(f"{self.num_live} requests are there; {allowed}")
+        own = sum(slot.job.adapter == jobs[0].adapter for slot in [*self._slots, *self._waiting])
+        if own + len(jobs) > self._max_concurrent + (self._max_waiting + 1) // 2:
+            raise BusyError(f"{own} requests of this model are there; {allowed}, half of them for one model")
 
     def close(self) -> None:
         """End the worker; live jobs end with `cancelled`."""
@@ -194,11 +224,13 @@ class Engine:
             self._admit()
             slots = list(self._slots)
         writing = [slot for slot in slots if slot.is_writing]
-        reading = next((slot for slot in slots if not slot.is_writing), None)
-        if reading is not None:
-            self._attempt([reading], self._read)
-        if writing:
-            self._attempt(writing, self._write)
+        reading = [slot for slot in slots if not slot.is_writing]
+        if reading:
+            # The prompt that got least of its own read: a short one waits for one chunk of a long one, not for all.
+            self._attempt([min(reading, key=lambda slot: slot.read)], self._read)
+        for together in [writing] if self._steps.together else [[slot] for slot in writing]:
+            if together:
+                self._attempt(together, self._write)
 
     def _admit(self) -> None:
         """Free slots go to those who wait: first to the adapter that has the fewest, then to the oldest."""
@@ -214,6 +246,7 @@ class Engine:
             step(slots)
         except Exception:
             if len(slots) > 1:
+                logger.warning("a step of %d requests failed; each has it alone", len(slots), exc_info=True)
                 for slot in slots:
                     self._attempt([slot], step)
                 return

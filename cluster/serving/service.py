@@ -38,12 +38,7 @@ class Generation:
 
     def start(self, engine: Engine, jobs: Sequence[Job]) -> None:
         """Hand the jobs in, all or none; raises BusyError."""
-        try:
-            for choice, job in enumerate(jobs):
-                self._slots.append(engine.submit(job, partial(self._emit, choice)))
-        except BusyError:
-            self.cancel()
-            raise
+        self._slots = engine.submit_all(jobs, [partial(self._emit, choice) for choice in range(len(jobs))])
 
     def _emit(self, choice: int, piece: Piece) -> None:
         self._loop.call_soon_threadsafe(self._queue.put_nowait, (choice, piece))
@@ -176,6 +171,9 @@ class Service:
 
     def _start(self, request: GenerationRequest, prompt: list[int], default: int | None, param: str) -> Generation:
         max_tokens = self._limit(request, len(prompt), default, param)
+        if (request.n or 1) > self._engine.capacity:
+            most = self._engine.capacity
+            raise ApiError(400, f"n is {request.n}; this endpoint allows {most}.", param="n", code="invalid_value")
         sampling = Sampling(
             temperature=1.0 if request.temperature is None else request.temperature,
             top_p=1.0 if request.top_p is None else request.top_p,

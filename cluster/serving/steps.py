@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from lowrank.inject import Mix, speakers
+from lowrank.inject import Mix, saved_modules, speakers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,12 +24,17 @@ logger = logging.getLogger("ray.serve.rankline")
 
 #: Columns that a cache has at first; it doubles as requests grow.
 _FIRST_COLUMNS = 64
-#: Largest difference of logits, relative to their size, that rounding explains.
-_ROUNDING = 1e-3
+#: Kinds of layers whose masks are known.
+_KNOWN_LAYERS = ("full_attention", "sliding_attention")
+#: Rotary embeddings whose frequencies depend on the longest request of a batch.
+_BATCH_ROPES = ("dynamic", "longrope")
 
 
 class Steps(Protocol):
     """What the engine asks of the model; requests are known by the numbers that it gives them."""
+
+    together: bool
+    """Whether several requests of a `decode` share a pass, which leaves none of them changed where it fails."""
 
     def prefill(self, request: int, adapter: str | None, tokens: Sequence[int], start: int) -> Tensor:
         """Take the next tokens of a prompt, of which `start` were taken before; logits (vocabulary,) after the last."""
@@ -45,12 +50,13 @@ class Steps(Protocol):
 
 
 class SlotCache:
-    """Keys and values of several requests, a row each; what transformers' models take for `past_key_values`."""
+    """Keys and values of several requests, a row each; what transformers' models take for `past_key_values`.
 
-    def __init__(self, rows: int) -> None:
-        """Args: rows: most requests at a time."""
-        self._rows = rows
-        self._columns = _FIRST_COLUMNS
+    Rows and columns double as they are needed, and all goes when nothing is held.
+    """
+
+    def __init__(self) -> None:
+        self._rows, self._columns = 1, _FIRST_COLUMNS
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         self._at: tuple[int, int, Tensor, Tensor] = (0, 0, torch.empty(0), torch.empty(0))
         self._start = 0
@@ -61,20 +67,24 @@ class SlotCache:
 
         More than one token at a time is for one row alone.
         """
-        count = len(starts)
-        rows = torch.arange(first, first + count, device=starts.device)
-        self._at = (first, first + count, rows, starts)
+        last = first + len(starts)
+        self._at = (first, last, torch.arange(first, last, device=starts.device), starts)
         self._start = int(starts[0])
         self._end = int(starts.max()) + length
-        while self._end > self._columns:
-            self._columns *= 2
-            self._layers = {index: (self._wider(k), self._wider(v)) for index, (k, v) in self._layers.items()}
+        rows, columns = _doubled(self._rows, last), _doubled(self._columns, self._end)
+        # Layer by layer, so that no two sizes of the whole are there at once; done again from anywhere after a failure.
+        for index, layer in self._layers.items():
+            if layer[0].shape[0] < rows or layer[0].shape[2] < columns:
+                keys, values = (_grown(held, rows, columns) for held in layer)
+                self._layers[index] = keys, values
+        self._rows, self._columns = rows, columns
         return self._end
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write a layer's keys and values (rows, heads, length, size), and give all that these rows may see."""
         if layer_idx not in self._layers:
-            self._layers[layer_idx] = (self._empty(keys), self._empty(values))
+            made = (new.new_zeros(self._rows, new.shape[1], self._columns, new.shape[3]) for new in (keys, values))
+            self._layers[layer_idx] = next(made), next(made)
         first, last, rows, starts = self._at
         seen = []
         for held, new in zip(self._layers[layer_idx], (keys, values), strict=True):
@@ -90,29 +100,59 @@ class SlotCache:
         del layer_idx
         return self._start
 
-    def swap(self, row: int, other: int) -> None:
-        """Exchange two rows."""
+    def clear(self, row: int) -> None:
+        """Wipe a row: what is masked counts nothing only while it is finite."""
         for layer in self._layers.values():
             for held in layer:
-                held[[row, other]] = held[[other, row]]
+                held[row : row + 1].zero_()
 
-    def _empty(self, like: Tensor) -> Tensor:
-        return like.new_zeros(self._rows, like.shape[1], self._columns, like.shape[3])
+    def swap(self, row: int, other: int) -> None:
+        """Exchange two rows; all layers or none."""
+        done: list[Tensor] = []
+        try:
+            for layer in self._layers.values():
+                for held in layer:
+                    _exchange(held, row, other)
+                    done.append(held)
+        except Exception:
+            for held in done:
+                _exchange(held, row, other)
+            raise
 
-    def _wider(self, held: Tensor) -> Tensor:
-        wide = held.new_zeros(*held.shape[:2], self._columns, held.shape[3])
-        wide[:, :, : held.shape[2]] = held
-        return wide
+
+def _doubled(size: int, least: int) -> int:
+    while size < least:
+        size *= 2
+    return size
+
+
+def _grown(held: Tensor, rows: int, columns: int) -> Tensor:
+    wide = held.new_zeros(rows, held.shape[1], columns, held.shape[3])
+    wide[: held.shape[0], :, : held.shape[2]] = held
+    return wide
+
+
+def _exchange(held: Tensor, row: int, other: int) -> None:
+    kept = held[row].clone()
+    held[row] = held[other]
+    held[other] = kept
 
 
 class BatchedSteps:
     """All decoding requests in one pass."""
 
+    together = True
+
     def __init__(self, model: PreTrainedModel, rows: int) -> None:
-        """Args: model: in evaluation mode, with its adapters injected. rows: most requests at a time."""
+        """Args: model: in evaluation mode, with its adapters injected. rows: most requests at a time.
+
+        Raises:
+            ValueError: what a request would get depends on its neighbours, or on masks that are not known.
+        """
         self._model = model
         self._speakers = speakers(model)
-        self._cache = SlotCache(rows)
+        _refuse_unknown(model)
+        self._cache = SlotCache()
         self._held: list[int | None] = [None] * rows
         self._lengths: dict[int, int] = {}
         self._mix: Mix | None = None
@@ -122,7 +162,9 @@ class BatchedSteps:
     def prefill(self, request: int, adapter: str | None, tokens: Sequence[int], start: int) -> Tensor:
         """See `Steps`."""
         if start == 0:
-            self._held[self._held.index(None)] = request
+            row = self._held.index(None)
+            self._cache.clear(row)
+            self._held[row] = request
         self._speak(adapter)
         self._lengths[request] = start + len(tokens)
         return self._forward(*self._place(self._held.index(request), [list(tokens)], [start]))[0]
@@ -135,7 +177,7 @@ class BatchedSteps:
         if self._mix is None or self._mix.names != names:
             self._mix = Mix(names)
         mix = self._mix if self._mix.rows else None
-        self._speak(mix)
+        self._speak(mix if len(set(names)) > 1 else names[0])
         starts = [self._lengths[requests[at]] for at in order]
         logits = self._step(*self._place(0, [[tokens[at]] for at in order], starts), mix)
         for request in requests:
@@ -150,6 +192,8 @@ class BatchedSteps:
         if request in self._lengths:
             self._held[self._held.index(request)] = None
             del self._lengths[request]
+        if not self._lengths:
+            self._cache = SlotCache()
 
     def _speak(self, who: str | Mix | None) -> None:
         for speaker in self._speakers:
@@ -208,6 +252,8 @@ class BatchedSteps:
 class SingleSteps:
     """Each request by itself, for models that cannot be asked for several with their own pasts at once."""
 
+    together = False
+
     def __init__(self, model: PreTrainedModel) -> None:
         """Args: model: in evaluation mode, with its adapters injected."""
         self._model = model
@@ -255,13 +301,13 @@ def steps_for(model: PreTrainedModel, rows: int) -> Steps:
 def _fits(kind: type[BatchedSteps], model: PreTrainedModel) -> bool:
     try:
         with torch.inference_mode():
-            return _same_logits(kind(model, 2), SingleSteps(model))
+            return _same_logits(kind(model, 2), SingleSteps(model), model.dtype)
     except Exception:
         logger.warning("%s fails in %s", kind.__name__, type(model).__name__, exc_info=True)
         return False
 
 
-def _same_logits(batched: Steps, single: Steps) -> bool:
+def _same_logits(batched: Steps, single: Steps, dtype: torch.dtype) -> bool:
     """Whether two requests of different lengths get the same logits together as each alone."""
     found = []
     for steps in (batched, single):
@@ -270,7 +316,22 @@ def _same_logits(batched: Steps, single: Steps) -> bool:
         both = steps.decode([1, 0], [None, None], [3, 2])
         found.append(torch.stack([first, part, *both, *steps.decode([0, 1], [None, None], [5, 4])]).float())
     difference = (found[0] - found[1]).abs().max()
-    return bool(difference <= _ROUNDING * found[1].abs().max())
+    return bool(difference <= max(1e-3, 8 * torch.finfo(dtype).eps) * found[1].abs().max())
+
+
+def _refuse_unknown(model: PreTrainedModel) -> None:
+    """What a short trial would not show."""
+    config = model.config.get_text_config(decoder=True)
+    ropes = getattr(config, "rope_parameters", None) or {}
+    kinds = [ropes.get("rope_type"), *(own.get("rope_type") for own in ropes.values() if isinstance(own, dict))]
+    if any(kind in _BATCH_ROPES for kind in kinds):
+        raise ValueError(f"rotary embeddings {kinds} depend on the longest request of a batch")
+    unknown = set(getattr(config, "layer_types", None) or ()) - set(_KNOWN_LAYERS)
+    if unknown or hasattr(config, "attention_types"):
+        raise ValueError(f"layers {sorted(unknown)} are masked in ways of their own")
+    for name, module in saved_modules(model):
+        if any(True for _ in module.base.children()):
+            raise ValueError(f"{name}, which adapters replace, is no single layer")
 
 
 def _windows(config: Any) -> dict[str, int | None]:

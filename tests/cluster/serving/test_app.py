@@ -139,7 +139,7 @@ def test_several_choices_differ_by_their_seeds(service: Service, path: str) -> N
     assert chunks[-1]["usage"] == three.json()["usage"]
     assert sum(chunk["choices"][0]["finish_reason"] == "length" for chunk in chunks[:-1]) == 3
     assert choices_of(post(service, path, n=2, temperature=1.5, seed=2**63 - 1))
-    assert_error(post(service, path, n=5), 429, "engine_busy")  # four slots, nobody waits
+    assert assert_error(post(service, path, n=5), 400, "invalid_value")["param"] == "n"  # four slots, nobody waits
     assert choices_of(post(service, path, n=4))
 
 
@@ -173,6 +173,9 @@ def test_logprobs_are_those_of_the_model(
     assert values[: len(answer)] == pytest.approx(expected.tolist(), abs=1e-3)
     streamed = events(post(service, path, max_tokens=5, stream=True, **wanted))
     parts = [c["choices"][0]["logprobs"] for c in streamed if c["choices"][0]["logprobs"]]
+    stopped = post(service, path, max_tokens=5, stop=text[2:4], **wanted).json()["choices"][0]
+    assert stopped["finish_reason"] == "stop"
+    assert len(stopped["logprobs"]["content" if chat else "tokens"]) == text.index(text[2:4])
     again = [e for part in parts for e in (part["content"] if chat else part["token_logprobs"])]
     assert [e["logprob"] if chat else e for e in again] == pytest.approx(values)
     assert post(service, path, max_tokens=2).json()["choices"][0]["logprobs"] is None

@@ -11,6 +11,7 @@ import torch
 
 from cluster.serving.decoding import Detokenizer, Sampler, Sampling, StopFilter
 from cluster.serving.engine import BusyError, Engine, Job, Piece
+from cluster.serving.steps import SingleSteps
 from lowrank.inject import set_active
 
 EOS = 256
@@ -144,6 +145,36 @@ def test_cancel_ends_early(engine: Engine) -> None:
     slot = engine.submit(Job(None, PROMPT, 100_000, GREEDY), listener.pieces.put)
     slot.cancel()
     assert listener.wait()[1].finish == "cancelled"
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_step_that_fails_once_leaves_the_others_as_they_were(
+    adapted: Any, tokenizer: Any, together: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = Engine(adapted, tokenizer, [EOS], max_concurrent=4)
+    jobs = [Job("one", PROMPT, 30, GREEDY), Job("two", PROMPT[3:], 30, GREEDY), Job(None, PROMPT[5:], 30, GREEDY)]
+    alone = [run(engine, job)[0] for job in jobs]
+    if not together:
+        engine._steps = SingleSteps(adapted)
+    calls = []
+
+    def fail(module: Any, given: Any) -> None:
+        calls.append(len(given[0]))
+        # After the layers have written their keys: the 20th pass alone, or the fifth of all three.
+        if len(calls) == 20 if not together else calls.count(3) == 5 and calls[-1] == 3:
+            calls.append(0)
+            raise RuntimeError("no memory")
+
+    hook = adapted.lm_head.register_forward_pre_hook(fail)
+    try:
+        found = run(engine, *jobs)
+    finally:
+        hook.remove()
+        engine.close()
+    ended = [last.finish for _, last in found]
+    assert sorted(ended) == (["length"] * 3 if together else ["error", "length", "length"])
+    assert all(one == other for one, other in zip(found, alone, strict=True) if one[1].finish == "length")
+    assert "no memory" in caplog.text
 
 
 def test_a_failing_step_ends_its_own_job_only(engine: Engine) -> None:

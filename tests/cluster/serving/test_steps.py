@@ -153,6 +153,42 @@ def test_requests_come_and_go_and_their_rows_move() -> None:
                     live[n][1] = int(other.argmax())
 
 
+def test_a_row_is_clean_for_its_next_request() -> None:
+    model = tiny("llama")
+    steps = BatchedSteps(model, 2)
+    with torch.inference_mode():
+        steps.prefill(0, None, PROMPT, 0)
+        steps.prefill(1, None, PROMPT * 3, 0)
+        for layer in steps._cache._layers.values():
+            for held in layer:
+                held[0] = torch.nan
+        steps.release(0)
+        steps.prefill(2, None, [1], 0)
+        assert torch.isfinite(torch.stack(steps.decode([2, 1], [None, None], [3, 4]))).all()
+        steps.release(1)
+        steps.release(2)
+    assert steps._cache._layers == {}  # nothing is held for nobody
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "reason"),
+    [
+        ("gpt_neo", {"attention_types": [[["global", "local"], 1]]}, "masked in ways"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "longest request"),
+    ],
+)
+def test_what_depends_on_neighbours_goes_in_turn(kind: str, more: Any, reason: str) -> None:
+    model = tiny(kind, **more)
+    with pytest.raises(ValueError, match=reason):
+        BatchedSteps(model, 2)
+    assert isinstance(steps_for(model, 2), SingleSteps)
+
+
+def test_bfloat16_is_batched() -> None:
+    assert isinstance(steps_for(tiny("llama").to(torch.bfloat16), 2), FusedSteps)
+    assert isinstance(steps_for(tiny("gpt_neox").to(torch.bfloat16), 2), BatchedSteps)
+
+
 def test_saved_modules_answer_row_by_row() -> None:
     from lowrank.inject import adapted_layers
     from lowrank.saved_modules import add_saved, find_modules
