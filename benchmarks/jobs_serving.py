@@ -167,9 +167,60 @@ def _row(job: str, peer: str, target: float, seconds: dict[str, float], found: d
     return row(job, peer, seconds["mixed"] / seconds["ours"], target, valid=same >= REQUESTS - 1, note=note)
 
 
-JOBS: dict[str, Callable[[], list[Row]]] = {"decode": decode}
+def generate_batch() -> list[Row]:
+    """The bare base against transformers' own continuous batching, warm."""
+    from transformers import GenerationConfig
 
-if __name__ == "__main__":
-    began = time.perf_counter()
-    for one in decode():
-        print(one, round(time.perf_counter() - began), flush=True)
+    model = dense_model()
+    config = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0)
+
+    def peer() -> list[list[int]]:
+        found = model.generate_batch(inputs=prompts(), generation_config=config, warmup=False)
+        by_prompt = {tuple(out.prompt_ids): list(out.generated_tokens) for out in found.values()}
+        return [by_prompt[tuple(prompt)] for prompt in prompts()]
+
+    calls = {"ours": lambda: engine_tokens(ours(), [None] * REQUESTS), "mixed": peer}
+    for call in calls.values():
+        call()
+    seconds, found = paired(calls, repeats=2)
+    return [_row(f"{REQUESTS} requests, no adapter", "transformers, generate_batch", 2.5, seconds, found)]
+
+
+def step_seconds(model: Any, names: Sequence[str | None], steps: int = 12) -> float:
+    """The least time of a decode step over 16 requests that have read their prompts."""
+    from cluster.serving.steps import steps_for
+
+    with torch.inference_mode():
+        made, times = steps_for(model, REQUESTS), []
+        for index, prompt in enumerate(prompts()):
+            made.prefill(index, names[index], prompt, 0)
+        for _ in range(steps):
+            began = time.perf_counter()
+            made.decode(list(range(REQUESTS)), list(names), [5] * REQUESTS)
+            times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def added_time() -> list[Row]:
+    """What 16 adapters add to a step of the base, against reading their bytes once."""
+    model, names = ours(), [f"a{index}" for index in range(REQUESTS)]
+    times = {"base": float("inf"), "mixed": float("inf")}
+    for _ in range(3):
+        times["base"] = min(times["base"], step_seconds(model, [None] * REQUESTS))
+        times["mixed"] = min(times["mixed"], step_seconds(model, names))
+    touched = sum(p.nbytes for name, p in model.named_parameters() if "adapters." in name)
+    buffer = torch.empty(2**27)
+    read, _ = paired({"read": buffer.sum}, repeats=5)
+    least = touched / (buffer.nbytes / read["read"])
+    added = times["mixed"] - times["base"]
+    note = f"base {times['base'] * 1e3:.1f} ms, {added * 1e3:.1f} ms added, {touched / 2**20:.0f} MiB of adapters"
+    return [
+        row(f"{ADAPTERS} adapters in a step: time added", "reading their bytes", added / least, 2.0, "<=", note=note)
+    ]
+
+
+JOBS: dict[str, Callable[[], list[Row]]] = {
+    "serving_decode": decode,
+    "serving_generate_batch": generate_batch,
+    "serving_added_time": added_time,
+}

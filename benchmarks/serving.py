@@ -1,0 +1,20 @@
+"""Measure the serving engine against its peers: python benchmarks/serving.py [JOB ...] [--again]
+
+Prints a row per comparison as it comes and writes benchmarks/results/serving.json.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from harness import keep_memory, main
+
+PACKAGES = ["torch", "peft", "transformers"]
+
+if __name__ == "__main__":
+    keep_memory()
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    from jobs_serving import JOBS
+
+    main("serving", JOBS, PACKAGES)
