@@ -209,7 +209,7 @@ def added_time() -> list[Row]:
         times["base"] = min(times["base"], step_seconds(model, [None] * REQUESTS))
         times["mixed"] = min(times["mixed"], step_seconds(model, names))
     touched = sum(p.nbytes for name, p in model.named_parameters() if "adapters." in name)
-    buffer = torch.empty(2**27)
+    buffer = torch.ones(2**27)
     read, _ = paired({"read": buffer.sum}, repeats=5)
     least = touched / (buffer.nbytes / read["read"])
     added = times["mixed"] - times["base"]

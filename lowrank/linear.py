@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from lowrank.kernels import dense
 from lowrank.kernels import nf4 as kernels
 from lowrank.quantization.nf4 import NF4Tensor
 
@@ -107,6 +109,32 @@ class NF4Linear(nn.Module):
         flat = x.reshape(-1, x.shape[-1])
         y = kernels.product(flat, self.packed, self.absmax, self._meta.block_size, self.out_features)
         return None if y is None else y.view(*x.shape[:-1], self.out_features)
+
+
+class DenseLinear(nn.Linear):
+    """`nn.Linear` for inference: few tokens on a CPU take a product that reads W once."""
+
+    @classmethod
+    def of(cls, layer: nn.Linear) -> DenseLinear:
+        """The same layer, with the same tensors."""
+        made = cls(layer.in_features, layer.out_features, bias=False, device="meta")
+        made.weight, made.bias = layer.weight, layer.bias
+        return made
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y (..., m) = x (..., n) Wᵀ + b."""
+        return few_tokens_linear(x, self.weight, self.bias)
+
+
+def few_tokens_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear`, by the compiled product where no gradient is asked for and it fits."""
+    y = None
+    if not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
+        y = dense.product(x.reshape(-1, x.shape[-1]), weight)
+    if y is None:
+        return F.linear(x, weight, bias)
+    y = y.view(*x.shape[:-1], len(weight))
+    return y if bias is None else y.add_(bias)
 
 
 class ZeroLinear(nn.Module):

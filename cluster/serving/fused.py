@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from cluster.serving.steps import BatchedSteps
 from lowrank.inject import AdaptedLinear, Mix, SavedModule
+from lowrank.linear import few_tokens_linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,7 +42,7 @@ class Joined:
         self.sizes = [base.out_features for base in self._bases]
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
-        if all(type(base) is nn.Linear for base in self._bases):
+        if all(isinstance(base, nn.Linear) for base in self._bases):
             self._join()
 
     def _join(self) -> None:
@@ -62,7 +63,7 @@ class Joined:
         if self._weight is None:
             y = torch.cat([base(x) for base in self._bases], dim=-1)
         else:
-            y = F.linear(x, self._weight, self._bias)
+            y = few_tokens_linear(x, self._weight, self._bias)
         if mix is not None:
             for adapted, part in zip(self._adapted, torch.split(y, self.sizes, dim=-1), strict=True):
                 if adapted is not None:

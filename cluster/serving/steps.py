@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lowrank.inject import Mix, saved_modules, speakers
+from lowrank.inject import Mix, replace_module, saved_modules, speakers
+from lowrank.linear import DenseLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -287,15 +288,26 @@ class SingleSteps:
 
 
 def steps_for(model: PreTrainedModel, rows: int) -> Steps:
-    """The fastest steps that give the logits of `SingleSteps` in a short trial."""
+    """The fastest steps that give the logits of `SingleSteps` in a short trial.
+
+    The model's dense layers become `DenseLinear`.
+    """
     from cluster.serving.fused import FusedSteps, is_llama_like
 
+    quicken(model)
     kinds: list[type[BatchedSteps]] = [FusedSteps, BatchedSteps] if is_llama_like(model) else [BatchedSteps]
     for kind in kinds:
         if _fits(kind, model):
             return kind(model, rows)
         logger.warning("%s does not fit %s: its requests take a slower way", kind.__name__, type(model).__name__)
     return SingleSteps(model)
+
+
+def quicken(model: nn.Module) -> None:
+    """Let every dense layer take few tokens by the compiled product."""
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear:
+            replace_module(model, name, DenseLinear.of(module))
 
 
 def _fits(kind: type[BatchedSteps], model: PreTrainedModel) -> bool:

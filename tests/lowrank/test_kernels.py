@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowrank.kernels import both_products, build, grouped, products
+from lowrank.kernels import both_products, build, dense, grouped, products
 from lowrank.kernels.products import _by_panels
 
 needs_compiler = pytest.mark.skipif(build.kernel() is None, reason="no C compiler")
@@ -70,3 +70,38 @@ def test_every_token_gets_the_pair_of_its_own(compiled: bool, m: int, n: int, ra
             patch.setattr(grouped, "kernel", lambda: None)
         grouped.GroupedPairs([pairs[pair] for pair in speaking], own).add_to(y, x)
     torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+@needs_compiler
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(st.integers(1, 70), st.integers(1, 90), st.integers(1, 200), st.integers(1, 4))
+def test_few_tokens_times_a_weight(tokens: int, m: int, n: int, threads: int) -> None:
+    generator = torch.Generator().manual_seed(tokens * 1000 + n)
+    x, w = torch.randn(tokens, n, generator=generator), torch.randn(m, n, generator=generator)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        y, wide = dense.product(x, w), dense.product(x[:, :1].expand(tokens, n), w)
+    finally:
+        torch.set_num_threads(before)
+    if tokens > dense.MOST_TOKENS:
+        assert y is None
+        return
+    assert y is not None
+    assert wide is not None
+    exact = x.double() @ w.double().T
+    torch.testing.assert_close(y.double(), exact, rtol=0, atol=1e-5 * float(exact.abs().max()))
+    torch.testing.assert_close(wide, x[:, :1] * w.sum(1), rtol=1e-3, atol=1e-3)
+
+
+@needs_compiler
+def test_large_weights_on_two_threads_and_what_does_not_fit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(1003, 517, generator=generator)
+    for tokens in (1, 4, 5, 16, 17, 33):
+        x = torch.randn(tokens, 517, generator=generator)
+        y = dense.product(x, w)
+        torch.testing.assert_close(y, x @ w.T, rtol=1e-4, atol=1e-3)
+    assert dense.product(x.double(), w.double()) is None
+    assert dense.product(x, w.T.contiguous().T) is None
+    assert dense.product(x[:0], w) is None
