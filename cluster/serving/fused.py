@@ -9,15 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-
 from cluster.serving.steps import BatchedSteps
 from lowrank.inject import AdaptedLinear, Mix, SavedModule
 from lowrank.linear import few_tokens_linear
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 _KIN = ("llama", "mistral", "qwen2")
@@ -37,6 +34,8 @@ class Joined:
 
     def __init__(self, modules: list[nn.Module]) -> None:
         """Args: modules: adapted or not."""
+        from torch import nn
+
         self._adapted = [module if isinstance(module, AdaptedLinear) else None for module in modules]
         self._bases: list[Any] = [module.base if isinstance(module, AdaptedLinear) else module for module in modules]
         self.sizes = [base.out_features for base in self._bases]
@@ -46,6 +45,9 @@ class Joined:
             self._join()
 
     def _join(self) -> None:
+        import torch
+        from torch import nn
+
         parts = [base.weight.detach() for base in self._bases]
         self._weight = _joined_before(parts)
         if self._weight is None:
@@ -60,6 +62,8 @@ class Joined:
 
     def __call__(self, x: Tensor, mix: Mix | None) -> Tensor:
         """y (rows, Σ m) for x (rows, n)."""
+        import torch
+
         if self._weight is None:
             y = torch.cat([base(x) for base in self._bases], dim=-1)
         else:
@@ -73,6 +77,8 @@ class Joined:
 
 def _joined_before(parts: list[Tensor]) -> Tensor | None:
     """The tensor whose rows these are, one after another, if they are."""
+    import torch
+
     first, total = parts[0], sum(len(part) for part in parts)
     whole = first.as_strided((total, first.shape[1]), (first.shape[1], 1)) if _holds(first, total) else None
     if whole is None:
@@ -125,6 +131,9 @@ class FusedSteps(BatchedSteps):
         ]
 
     def _step(self, ids: Tensor, positions: Tensor, masks: dict[str, Tensor], mix: Mix | None) -> Tensor:
+        import torch
+        from torch.nn import functional as F
+
         [mask] = masks.values()
         x: Tensor = self._inner.embed_tokens(ids[:, 0])
         cos, sin = self._inner.rotary_emb(x, position_ids=positions)
@@ -137,6 +146,9 @@ class FusedSteps(BatchedSteps):
 
     def _attend(self, qkv: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, index: int, layer: _Layer) -> Tensor:
         """What the heads say (rows, heads · size); keys and values go into the cache."""
+        import torch
+        from torch.nn import functional as F
+
         rows, (wide, narrow, _) = len(qkv), layer.qkv.sizes
         turned = qkv[:, : wide + narrow].view(rows, -1, self._size)
         first, second = turned.chunk(2, dim=-1)
@@ -153,6 +165,8 @@ class FusedSteps(BatchedSteps):
 
 def _norm(module: nn.Module, x: Tensor) -> Tensor:
     """RMSNorm in one operation; a trained copy speaks for itself."""
+    from torch.nn import functional as F
+
     if isinstance(module, SavedModule):
         found: Tensor = module(x)
         return found

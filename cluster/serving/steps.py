@@ -11,13 +11,12 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import Tensor, nn
-
 from lowrank.inject import Mix, replace_module, saved_modules, speakers
 from lowrank.linear import DenseLinear
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 # A child of Serve's logger, so that inside a replica its lines reach the replica's log file.
@@ -57,6 +56,8 @@ class SlotCache:
     """
 
     def __init__(self) -> None:
+        import torch
+
         self._rows, self._columns = 1, _FIRST_COLUMNS
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         self._at: tuple[int, int, Tensor, Tensor] = (0, 0, torch.empty(0), torch.empty(0))
@@ -68,6 +69,8 @@ class SlotCache:
 
         More than one token at a time is for one row alone.
         """
+        import torch
+
         last = first + len(starts)
         self._at = (first, last, torch.arange(first, last, device=starts.device), starts)
         self._start = int(starts[0])
@@ -213,6 +216,8 @@ class BatchedSteps:
         self, first: int, tokens: list[list[int]], starts: list[int]
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Tokens and positions (rows, length) and the masks of a pass over rows first.., for which the cache is set."""
+        import torch
+
         device = self._model.device
         begins = torch.tensor(starts, device=device)
         length = len(tokens[0])
@@ -222,6 +227,8 @@ class BatchedSteps:
 
     def _masks(self, positions: Tensor, columns: int) -> dict[str, Tensor]:
         """What is added to the scores (rows, 1, length, columns) in each kind of layer."""
+        import torch
+
         ages = positions[:, None, :, None] - torch.arange(columns, device=positions.device)
         dtype = self._model.dtype
         # Additive: not every attention understands a mask of truths.
@@ -279,6 +286,8 @@ class SingleSteps:
         self._caches.pop(request, None)
 
     def _pass(self, request: int, adapter: str | None, tokens: Sequence[int]) -> Tensor:
+        import torch
+
         for speaker in self._speakers:
             speaker.active = adapter
         ids = torch.tensor([list(tokens)], device=self._model.device)
@@ -305,12 +314,16 @@ def steps_for(model: PreTrainedModel, rows: int) -> Steps:
 
 def quicken(model: nn.Module) -> None:
     """Let every dense layer take few tokens by the compiled product."""
+    from torch import nn
+
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear:
             replace_module(model, name, DenseLinear.of(module))
 
 
 def _fits(kind: type[BatchedSteps], model: PreTrainedModel) -> bool:
+    import torch
+
     try:
         with torch.inference_mode():
             return _same_logits(kind(model, 2), SingleSteps(model), model.dtype)
@@ -321,6 +334,8 @@ def _fits(kind: type[BatchedSteps], model: PreTrainedModel) -> bool:
 
 def _same_logits(batched: Steps, single: Steps, dtype: torch.dtype) -> bool:
     """Whether two requests of different lengths get the same logits together as each alone."""
+    import torch
+
     found = []
     for steps in (batched, single):
         first = steps.prefill(0, None, [1, 2, 3, 4, 5], 0)

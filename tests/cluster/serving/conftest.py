@@ -1,5 +1,6 @@
 """A tiny Llama with two LoRA adapters, in memory and as the pipeline leaves it on disk."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -93,3 +94,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelSource, dict[
         save_adapter(root / model_id, make_adapter(shapes, seed), config, {})
         adapters[model_id] = str(root / model_id)
     return source, adapters
+
+
+@pytest.fixture
+def engine_log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """What the engine logs, also after a test that deployed has turned Serve's loggers down in this process."""
+    caplog.set_level(logging.WARNING, logger="ray.serve.rankline")
+    return caplog

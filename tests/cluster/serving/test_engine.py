@@ -149,7 +149,7 @@ def test_cancel_ends_early(engine: Engine) -> None:
 
 @pytest.mark.parametrize("together", [True, False])
 def test_a_step_that_fails_once_leaves_the_others_as_they_were(
-    adapted: Any, tokenizer: Any, together: bool, caplog: pytest.LogCaptureFixture
+    adapted: Any, tokenizer: Any, together: bool, engine_log: pytest.LogCaptureFixture
 ) -> None:
     engine = Engine(adapted, tokenizer, [EOS], max_concurrent=4)
     jobs = [Job("one", PROMPT, 30, GREEDY), Job("two", PROMPT[3:], 30, GREEDY), Job(None, PROMPT[5:], 30, GREEDY)]
@@ -174,7 +174,7 @@ def test_a_step_that_fails_once_leaves_the_others_as_they_were(
     ended = [last.finish for _, last in found]
     assert sorted(ended) == (["length"] * 3 if together else ["error", "length", "length"])
     assert all(one == other for one, other in zip(found, alone, strict=True) if one[1].finish == "length")
-    assert "no memory" in caplog.text
+    assert "no memory" in engine_log.text
 
 
 def test_a_failing_step_ends_its_own_job_only(engine: Engine) -> None:

@@ -118,12 +118,12 @@ def test_models_of_other_kinds(kind: str, more: dict[str, Any]) -> None:
     assert_alike(model, requests)
 
 
-def test_a_model_that_takes_no_batch_is_asked_in_turn(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_model_that_takes_no_batch_is_asked_in_turn(engine_log: pytest.LogCaptureFixture) -> None:
     model = tiny("gpt_neox")
     whole = model.forward
     model.forward = lambda **given: whole(**given | {"position_ids": None})  # reads the cache's length for all rows
     assert isinstance(steps_for(model, 4), SingleSteps)
-    assert "BatchedSteps does not fit GPTNeoXForCausalLM" in caplog.text
+    assert "BatchedSteps does not fit GPTNeoXForCausalLM" in engine_log.text
 
 
 def test_requests_come_and_go_and_their_rows_move() -> None:
