@@ -8,7 +8,7 @@ checkpoints, and its evaluation scores it. Two cells run at a time, one thread e
   held-out rows.
   Four layers alone predict nothing (15.5 nats a token): how far a family brings them in few steps is what is compared.
   On the demo's reviews they tell nothing apart: sixteen families after 30 steps, a LoRA and all weights after 100, were
-  at the frequency of the labels (0.32 to 0.37 nats, 64 %).
+  at the frequency of the labels (0.32 to 0.40 nats, 64 %).
 - `--full`: the whole model and the demo's reviews, one epoch (70 steps), 300 held-out rows.
 
 Families want different learning rates. Each gets the one with the least loss on training rows that are kept back from a
