@@ -188,15 +188,17 @@ def generate_batch() -> list[Row]:
 
 def step_seconds(model: Any, names: Sequence[str | None], steps: int = 12) -> float:
     """The least time of a decode step over 16 requests that have read their prompts."""
-    from cluster.serving.steps import steps_for
+    from cluster.serving.steps import Chunk
+    from cluster.serving.trial import steps_for
 
     with torch.inference_mode():
         made, times = steps_for(model, REQUESTS), []
-        for index, prompt in enumerate(prompts()):
-            made.prefill(index, names[index], prompt, 0)
-        for _ in range(steps):
+        own = list(enumerate(names))
+        made.step([Chunk(index, name, tuple(prompts()[index]), 0) for index, name in own])
+        for taken in range(PROMPT, PROMPT + steps):
+            chunks = [Chunk(index, name, (5,), taken) for index, name in own]
             began = time.perf_counter()
-            made.decode(list(range(REQUESTS)), list(names), [5] * REQUESTS)
+            made.step(chunks)
             times.append(time.perf_counter() - began)
     return min(times)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -16,11 +17,13 @@ from lowrank.kernels.grouped import GroupedPairs
 
 #: Ranks, and numbers over those of the adapter, up to which a change that is a pair B A is kept as one for a `Mix`.
 _MOST_RANKS, _MOST_NUMBERS = 128, 4
+#: Tokens side by side of one adapter that it takes by itself: libraries are fast at so many.
+_RUN = 16
 
 
 @dataclass(frozen=True, eq=False)
 class Mix:
-    """One adapter (None: the bare base) for every row of a batch of single tokens."""
+    """One adapter (None: the bare base) for every token of a batch; a layer that has no such adapter stays bare."""
 
     names: tuple[str | None, ...]
 
@@ -31,6 +34,20 @@ class Mix:
         for row, name in enumerate(self.names):
             if name is not None:
                 found.setdefault(name, []).append(row)
+        return found
+
+    @cached_property
+    def parts(self) -> dict[str, tuple[list[slice], list[int]]]:
+        """The same as runs of at least `_RUN` rows, and the others one by one."""
+        found: dict[str, tuple[list[slice], list[int]]] = {}
+        for name, rows in self.rows.items():
+            runs, others = found.setdefault(name, ([], []))
+            for _, group in groupby(enumerate(rows), lambda pair: pair[1] - pair[0]):
+                own = [row for _, row in group]
+                if len(own) < _RUN:
+                    others += own
+                else:
+                    runs.append(slice(own[0], own[-1] + 1))
         return found
 
 
@@ -47,7 +64,7 @@ class AdaptedLinear(nn.Module):
         self.active: str | Mix | None = active
         self._kept: Tensor | None = None
         self._pairs: dict[str, tuple[Tensor, Tensor] | None] = {}
-        self._prepared: tuple[Mix, GroupedPairs | None, list[tuple[str, Tensor]]] | None = None
+        self._prepared: tuple[Mix, GroupedPairs | None, list[tuple[str, slice | Tensor]]] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """y (..., m) for x (..., n)."""
@@ -76,13 +93,20 @@ class AdaptedLinear(nn.Module):
         if grouped is not None:
             grouped.add_to(y, x)
 
-    def _prepare(self, mix: Mix, device: torch.device) -> tuple[GroupedPairs | None, list[tuple[str, Tensor]]]:
-        """The adapters that are low-rank pairs together, and the others with their rows."""
-        pairs = {name: self._pair(name) for name in mix.rows}
-        low_rank = {name: pair for name, pair in pairs.items() if pair is not None}
-        others = [(name, torch.tensor(rows, device=device)) for name, rows in mix.rows.items() if name not in low_rank]
-        tokens = [mix.rows[name] for name in low_rank]
-        return (GroupedPairs(list(low_rank.values()), tokens) if low_rank else None), others
+    def _prepare(self, mix: Mix, device: torch.device) -> tuple[GroupedPairs | None, list[tuple[str, slice | Tensor]]]:
+        """The few tokens of adapters that are low-rank pairs together, and the others with their rows."""
+        pairs, tokens = [], []
+        others: list[tuple[str, slice | Tensor]] = []
+        for name, (runs, rows) in mix.parts.items():
+            if name not in self.adapters:
+                continue
+            others += [(name, run) for run in runs]
+            if rows and (pair := self._pair(name)) is not None:
+                pairs.append(pair)
+                tokens.append(rows)
+            elif rows:
+                others.append((name, torch.tensor(rows, device=device)))
+        return (GroupedPairs(pairs, tokens) if pairs else None), others
 
     def _pair(self, name: str) -> tuple[Tensor, Tensor] | None:
         """A (r, n) and Bᵀ (r, m) of an adapter whose change is B A, or None; made once."""

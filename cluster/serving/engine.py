@@ -1,8 +1,8 @@
 """A slot engine: one model, several requests, continuously batched by one worker thread.
 
-Requests join and leave between steps. In every round one prompt gets a chunk of it read, and all requests that are
-writing get one token together, each with its own adapter: a long prompt holds nobody up for longer than a chunk takes.
-A request's logits are those that it would have alone, to rounding.
+Requests join and leave between rounds. In every round all requests that are writing get one token, and some tokens of
+prompts are read, in one pass, each with its own adapter: a long prompt holds nobody up for longer than a chunk takes. A
+request's logits are those that it would have alone, to rounding.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from cluster.serving.decoding import Detokenizer, Sampler, Sampling, StopFilter, TokenLogprob, token_logprob
+from cluster.serving.steps import Chunk
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ray.serve.rankline")
 
 Finish = Literal["stop", "length", "error", "cancelled"]
-#: Tokens of a prompt that are read at a time.
+#: Tokens of prompts that are read in a round.
 _CHUNK = 256
 
 
@@ -67,9 +68,8 @@ class Slot:
         self.job = job
         self.emit = emit
         self.number = number
-        self.read = 0
+        self.taken = 0
         self.token = job.prompt[-1]
-        self.logits: Tensor | None = None
         self.produced = 0
         self.cancelled = False
         self.sample = Sampler(job.sampling)
@@ -82,19 +82,24 @@ class Slot:
     @property
     def is_writing(self) -> bool:
         """Whether its prompt is read."""
-        return self.read == len(self.job.prompt)
+        return self.taken >= len(self.job.prompt)
+
+    def chunk(self, most: int) -> Chunk:
+        """What the model takes next: up to `most` tokens of the prompt, or the last token that was produced."""
+        tokens = (self.token,) if self.is_writing else self.job.prompt[self.taken : self.taken + most]
+        return Chunk(self.number, self.job.adapter, tokens, self.taken)
 
     def cancel(self) -> None:
         """Give the slot up before its next step; harmless when it has ended."""
         self.cancelled = True
 
-    def accept(self, token: int, eos: Collection[int]) -> Piece:
-        """Take the next token and say what there is to send."""
+    def accept(self, token: int, logits: Tensor, eos: Collection[int]) -> Piece:
+        """Take the next token, chosen from `logits`, and say what there is to send."""
         self.produced += 1
         before, self.token = self.token, token
         ended = token in eos
         if not ended:
-            self._note(token, before)
+            self._note(token, before, logits)
         text = "" if ended else self._filter.push(self._text.push(token))
         finish: Finish | None = "stop" if self._filter.stopped else None
         if finish is None and (ended or self.produced >= self.job.max_tokens):
@@ -104,11 +109,11 @@ class Slot:
         self._sent += len(text)
         return Piece(text, self.produced, finish, self._noted_so_far() if text or finish else ())
 
-    def _note(self, token: int, before: int) -> None:
+    def _note(self, token: int, before: int, logits: Tensor) -> None:
         """Keep a token's log-probability, if it was asked for."""
-        if self.job.top_logprobs is None or self.logits is None:
+        if self.job.top_logprobs is None:
             return
-        found = token_logprob(self.logits, token, before, self.job.top_logprobs, self._tokenizer)
+        found = token_logprob(logits, token, before, self.job.top_logprobs, self._tokenizer)
         self._noted.append(replace(found, offset=self._note_offset))
         self._note_offset += len(found.token)
 
@@ -138,7 +143,7 @@ class Engine:
             max_concurrent: Slots.
             max_waiting: Requests that wait for a slot; one beyond them is refused.
         """
-        from cluster.serving.steps import steps_for
+        from cluster.serving.trial import steps_for
 
         self._steps = steps_for(model, max_concurrent)
         self._tokenizer, self._eos = tokenizer, frozenset(eos)
@@ -214,7 +219,7 @@ class Engine:
             self._end(slot, Piece("", slot.produced, "cancelled"))
 
     def _round(self) -> None:
-        """One chunk of the oldest prompt, and one token for everybody who writes."""
+        """One pass over what is next of everybody who has a slot."""
         with self._changed:
             self._changed.wait_for(lambda: self._slots or self._waiting or self._closed)
             gone = [slot for slot in [*self._slots, *self._waiting] if slot.cancelled]
@@ -223,14 +228,24 @@ class Engine:
         with self._changed:
             self._admit()
             slots = list(self._slots)
-        writing = [slot for slot in slots if slot.is_writing]
-        reading = [slot for slot in slots if not slot.is_writing]
-        if reading:
-            # The prompt that got least of its own read: a short one waits for one chunk of a long one, not for all.
-            self._attempt([min(reading, key=lambda slot: slot.read)], self._read)
-        for together in [writing] if self._steps.together else [[slot] for slot in writing]:
+        chunks = self._next_chunks(slots)
+        for together in [chunks] if self._steps.together else [[chunk] for chunk in chunks]:
             if together:
-                self._attempt(together, self._write)
+                self._attempt(together)
+
+    def _next_chunks(self, slots: list[Slot]) -> list[tuple[Slot, Chunk]]:
+        """One token of everybody who writes, and `_CHUNK` of the prompts.
+
+        The prompt that got least of its own read comes first: a short one waits for one chunk of a long one, not for
+        all of it.
+        """
+        chunks = [(slot, slot.chunk(1)) for slot in slots if slot.is_writing]
+        left = _CHUNK
+        for slot in sorted((slot for slot in slots if not slot.is_writing), key=lambda slot: slot.taken):
+            if left > 0:
+                chunks.append((slot, slot.chunk(left)))
+                left -= len(chunks[-1][1].tokens)
+        return chunks
 
     def _admit(self) -> None:
         """Free slots go to those who wait: first to the adapter that has the fewest, then to the oldest."""
@@ -240,39 +255,33 @@ class Engine:
             self._waiting.remove(slot)
             self._slots.append(slot)
 
-    def _attempt(self, slots: list[Slot], step: Callable[[list[Slot]], None]) -> None:
-        """Run a step; where it fails, each of its jobs has it alone, and the one that fails again ends."""
+    def _attempt(self, chunks: list[tuple[Slot, Chunk]]) -> None:
+        """Run a pass; where it fails, each of its jobs has one alone, and the one that fails again ends."""
         try:
-            step(slots)
+            found = self._steps.step([chunk for _, chunk in chunks])
         except Exception:
-            if len(slots) > 1:
-                logger.warning("a step of %d requests failed; each has it alone", len(slots), exc_info=True)
-                for slot in slots:
-                    self._attempt([slot], step)
+            if len(chunks) > 1:
+                logger.warning("a pass of %d requests failed; each has one alone", len(chunks), exc_info=True)
+                for one in chunks:
+                    self._attempt([one])
                 return
-            logger.exception("a generation step failed; the request is answered with an error")
-            self._end(slots[0], Piece("", slots[0].produced, "error"))
+            self._fail(chunks[0][0])
+            return
+        for (slot, chunk), logits in zip(chunks, found, strict=True):
+            slot.taken += len(chunk.tokens)
+            if slot.is_writing:
+                try:
+                    self._take(slot, logits)
+                except Exception:
+                    self._fail(slot)
 
-    def _read(self, slots: list[Slot]) -> None:
-        [slot] = slots
-        chunk = slot.job.prompt[slot.read : slot.read + _CHUNK]
-        slot.logits = self._steps.prefill(slot.number, slot.job.adapter, chunk, slot.read)
-        slot.read += len(chunk)
-        if slot.is_writing:
-            self._take(slots)
+    def _fail(self, slot: Slot) -> None:
+        logger.exception("a generation step failed; the request is answered with an error")
+        self._end(slot, Piece("", slot.produced, "error"))
 
-    def _write(self, slots: list[Slot]) -> None:
-        numbers, adapters = [slot.number for slot in slots], [slot.job.adapter for slot in slots]
-        found = self._steps.decode(numbers, adapters, [slot.token for slot in slots])
-        for slot, logits in zip(slots, found, strict=True):
-            slot.logits = logits
-            self._attempt([slot], self._take)
-
-    def _take(self, slots: list[Slot]) -> None:
+    def _take(self, slot: Slot, logits: Tensor) -> None:
         """Choose the next token, and send what it says."""
-        [slot] = slots
-        assert slot.logits is not None
-        piece = slot.accept(slot.sample(slot.logits), self._eos)
+        piece = slot.accept(slot.sample(logits), logits, self._eos)
         if piece.finish is not None:
             self._end(slot, piece)
         elif piece.text:

@@ -1,4 +1,4 @@
-"""One forward pass over several requests, each with its own past, position and adapter.
+"""Passes over several requests, each with its own past, position and adapter.
 
 The keys and values of all requests lie in one tensor per layer, a row each. A decode step takes the rows at the front,
 so that nothing is gathered: requests change rows only when others come or go.
@@ -9,14 +9,13 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lowrank.inject import Mix, replace_module, saved_modules, speakers
-from lowrank.linear import DenseLinear
+from lowrank.inject import Mix, saved_modules, speakers
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 # A child of Serve's logger, so that inside a replica its lines reach the replica's log file.
@@ -30,23 +29,53 @@ _KNOWN_LAYERS = ("full_attention", "sliding_attention")
 _BATCH_ROPES = ("dynamic", "longrope")
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """The next tokens of a request, which has taken `start` before; `adapter` is None for the bare base."""
+
+    request: int
+    adapter: str | None
+    tokens: tuple[int, ...]
+    start: int
+
+
 class Steps(Protocol):
     """What the engine asks of the model; requests are known by the numbers that it gives them."""
 
     together: bool
-    """Whether several requests of a `decode` share a pass, which leaves none of them changed where it fails."""
+    """Whether several chunks share a pass, which may be asked for again where it fails."""
 
-    def prefill(self, request: int, adapter: str | None, tokens: Sequence[int], start: int) -> Tensor:
-        """Take the next tokens of a prompt, of which `start` were taken before; logits (vocabulary,) after the last."""
-        ...
-
-    def decode(self, requests: Sequence[int], adapters: Sequence[str | None], tokens: Sequence[int]) -> list[Tensor]:
-        """Take one token of each request; logits (vocabulary,) of each."""
+    def step(self, chunks: Sequence[Chunk]) -> list[Tensor]:
+        """Take a chunk of each of some requests; logits (vocabulary,) after the last token of each chunk."""
         ...
 
     def release(self, request: int) -> None:
         """Forget a request."""
         ...
+
+
+class Rows:
+    """Which row of a cache belongs to which request."""
+
+    def __init__(self, count: int) -> None:
+        self.held: list[int | None] = [None] * count
+
+    def of(self, request: int) -> int:
+        """The row of a request."""
+        return self.held.index(request)
+
+    def open(self, request: int) -> bool:
+        """Give a request a row; whether it had none."""
+        if request in self.held:
+            return False
+        self.held[self.held.index(None)] = request
+        return True
+
+    def release(self, request: int) -> bool:
+        """Take a request's row back; whether all are free now."""
+        if request in self.held:
+            self.held[self.of(request)] = None
+        return not any(held is not None for held in self.held)
 
 
 class SlotCache:
@@ -75,11 +104,11 @@ class SlotCache:
         self._at = (first, last, torch.arange(first, last, device=starts.device), starts)
         self._start = int(starts[0])
         self._end = int(starts.max()) + length
-        rows, columns = _doubled(self._rows, last), _doubled(self._columns, self._end)
+        rows, columns = doubled(self._rows, last), doubled(self._columns, self._end)
         # Layer by layer, so that no two sizes of the whole are there at once; done again from anywhere after a failure.
         for index, layer in self._layers.items():
             if layer[0].shape[0] < rows or layer[0].shape[2] < columns:
-                keys, values = (_grown(held, rows, columns) for held in layer)
+                keys, values = (grown(held, rows, columns) for held in layer)
                 self._layers[index] = keys, values
         self._rows, self._columns = rows, columns
         return self._end
@@ -124,13 +153,13 @@ class SlotCache:
             raise
 
 
-def _doubled(size: int, least: int) -> int:
+def doubled(size: int, least: int) -> int:
     while size < least:
         size *= 2
     return size
 
 
-def _grown(held: Tensor, rows: int, columns: int) -> Tensor:
+def grown(held: Tensor, rows: int, columns: int) -> Tensor:
     wide = held.new_zeros(rows, held.shape[1], columns, held.shape[3])
     wide[: held.shape[0], :, : held.shape[2]] = held
     return wide
@@ -155,48 +184,40 @@ class BatchedSteps:
         """
         self._model = model
         self._speakers = speakers(model)
-        _refuse_unknown(model)
+        refuse_unknown(model)
         self._cache = SlotCache()
-        self._held: list[int | None] = [None] * rows
-        self._lengths: dict[int, int] = {}
+        self._rows = Rows(rows)
         self._mix: Mix | None = None
-        self._windows = _windows(model.config.get_text_config(decoder=True))
+        self._windows = windows_of(model.config.get_text_config(decoder=True))
         self._extra = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
-    def prefill(self, request: int, adapter: str | None, tokens: Sequence[int], start: int) -> Tensor:
-        """See `Steps`."""
-        if start == 0:
-            row = self._held.index(None)
-            self._cache.clear(row)
-            self._held[row] = request
-        self._speak(adapter)
-        self._lengths[request] = start + len(tokens)
-        return self._forward(*self._place(self._held.index(request), [list(tokens)], [start]))[0]
+    def step(self, chunks: Sequence[Chunk]) -> list[Tensor]:
+        """See `Steps`: the chunks of one token share a pass, each of the others has its own."""
+        for chunk in chunks:
+            if self._rows.open(chunk.request):
+                self._cache.clear(self._rows.of(chunk.request))
+        found = {chunk.request: self._read(chunk) for chunk in chunks if len(chunk.tokens) > 1}
+        single = [chunk for chunk in chunks if len(chunk.tokens) == 1]
+        if single:
+            found |= self._decode(single)
+        return [found[chunk.request] for chunk in chunks]
 
-    def decode(self, requests: Sequence[int], adapters: Sequence[str | None], tokens: Sequence[int]) -> list[Tensor]:
-        """See `Steps`."""
-        self._bring_to_front(requests)
-        order = [requests.index(held) for held in self._held[: len(requests)] if held is not None]
-        names = tuple(adapters[at] for at in order)
-        if self._mix is None or self._mix.names != names:
-            self._mix = Mix(names)
-        mix = self._mix if self._mix.rows else None
-        self._speak(mix if len(set(names)) > 1 else names[0])
-        starts = [self._lengths[requests[at]] for at in order]
-        logits = self._step(*self._place(0, [[tokens[at]] for at in order], starts), mix)
-        for request in requests:
-            self._lengths[request] += 1
-        found: list[Tensor] = [logits[0]] * len(order)
-        for row, at in enumerate(order):
-            found[at] = logits[row]
-        return found
+    def _read(self, chunk: Chunk) -> Tensor:
+        self._speak(chunk.adapter)
+        return self._forward(*self._place(self._rows.of(chunk.request), [list(chunk.tokens)], [chunk.start]))[0]
+
+    def _decode(self, chunks: Sequence[Chunk]) -> dict[int, Tensor]:
+        by_request = {chunk.request: chunk for chunk in chunks}
+        self._bring_to_front(list(by_request))
+        order = [by_request[held] for held in self._rows.held[: len(chunks)] if held is not None]
+        self._mix = mix_of([chunk.adapter for chunk in order], self._mix)
+        self._speak(self._mix if len(set(self._mix.names)) > 1 else self._mix.names[0])
+        logits = self._forward(*self._place(0, [list(c.tokens) for c in order], [c.start for c in order]))
+        return {chunk.request: own for chunk, own in zip(order, logits, strict=True)}
 
     def release(self, request: int) -> None:
         """See `Steps`."""
-        if request in self._lengths:
-            self._held[self._held.index(request)] = None
-            del self._lengths[request]
-        if not self._lengths:
+        if self._rows.release(request):
             self._cache = SlotCache()
 
     def _speak(self, who: str | Mix | None) -> None:
@@ -204,13 +225,13 @@ class BatchedSteps:
             speaker.active = who
 
     def _bring_to_front(self, requests: Sequence[int]) -> None:
-        wanted = set(requests)
-        behind = [row for row in range(len(requests), len(self._held)) if self._held[row] in wanted]
+        wanted, held = set(requests), self._rows.held
+        behind = [row for row in range(len(requests), len(held)) if held[row] in wanted]
         for row in range(len(requests)):
-            if self._held[row] not in wanted:
+            if held[row] not in wanted:
                 other = behind.pop()
                 self._cache.swap(row, other)
-                self._held[row], self._held[other] = self._held[other], self._held[row]
+                held[row], held[other] = held[other], held[row]
 
     def _place(
         self, first: int, tokens: list[list[int]], starts: list[int]
@@ -238,11 +259,6 @@ class BatchedSteps:
             for kind, window in self._windows.items()
         }
 
-    def _step(self, ids: Tensor, positions: Tensor, masks: dict[str, Tensor], mix: Mix | None) -> Tensor:
-        """`_forward` for one token of every row; `mix` is what speaks."""
-        del mix
-        return self._forward(ids, positions, masks)
-
     def _forward(self, ids: Tensor, positions: Tensor, masks: dict[str, Tensor]) -> Tensor:
         """Logits (rows, vocabulary) after the last token of every row."""
         output = self._model(
@@ -269,84 +285,36 @@ class SingleSteps:
         self._caches: dict[int, Any] = {}
         self._extra = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
-    def prefill(self, request: int, adapter: str | None, tokens: Sequence[int], start: int) -> Tensor:
+    def step(self, chunks: Sequence[Chunk]) -> list[Tensor]:
         """See `Steps`."""
-        from transformers import DynamicCache
-
-        if start == 0:
-            self._caches[request] = DynamicCache(config=self._model.config.get_text_config(decoder=True))
-        return self._pass(request, adapter, tokens)
-
-    def decode(self, requests: Sequence[int], adapters: Sequence[str | None], tokens: Sequence[int]) -> list[Tensor]:
-        """See `Steps`."""
-        return [self._pass(r, name, [token]) for r, name, token in zip(requests, adapters, tokens, strict=True)]
+        return [self._pass(chunk) for chunk in chunks]
 
     def release(self, request: int) -> None:
         """See `Steps`."""
         self._caches.pop(request, None)
 
-    def _pass(self, request: int, adapter: str | None, tokens: Sequence[int]) -> Tensor:
+    def _pass(self, chunk: Chunk) -> Tensor:
         import torch
+        from transformers import DynamicCache
 
+        if chunk.start == 0:
+            config = self._model.config.get_text_config(decoder=True)
+            self._caches[chunk.request] = DynamicCache(config=config)
         for speaker in self._speakers:
-            speaker.active = adapter
-        ids = torch.tensor([list(tokens)], device=self._model.device)
-        output = self._model(input_ids=ids, past_key_values=self._caches[request], use_cache=True, **self._extra)
+            speaker.active = chunk.adapter
+        ids = torch.tensor([list(chunk.tokens)], device=self._model.device)
+        cache = self._caches[chunk.request]
+        output = self._model(input_ids=ids, past_key_values=cache, use_cache=True, **self._extra)
         logits: Tensor = output.logits[0, -1]
         return logits
 
 
-def steps_for(model: PreTrainedModel, rows: int) -> Steps:
-    """The fastest steps that give the logits of `SingleSteps` in a short trial.
-
-    The model's dense layers become `DenseLinear`.
-    """
-    from cluster.serving.fused import FusedSteps, is_llama_like
-
-    quicken(model)
-    kinds: list[type[BatchedSteps]] = [FusedSteps, BatchedSteps] if is_llama_like(model) else [BatchedSteps]
-    for kind in kinds:
-        if _fits(kind, model):
-            return kind(model, rows)
-        logger.warning("%s does not fit %s: its requests take a slower way", kind.__name__, type(model).__name__)
-    return SingleSteps(model)
+def mix_of(names: Sequence[str | None], before: Mix | None) -> Mix:
+    """The mix of these rows; the one before where it is the same, because layers prepare themselves for each."""
+    return before if before is not None and before.names == tuple(names) else Mix(tuple(names))
 
 
-def quicken(model: nn.Module) -> None:
-    """Let every dense layer take few tokens by the compiled product."""
-    from torch import nn
-
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear:
-            replace_module(model, name, DenseLinear.of(module))
-
-
-def _fits(kind: type[BatchedSteps], model: PreTrainedModel) -> bool:
-    import torch
-
-    try:
-        with torch.inference_mode():
-            return _same_logits(kind(model, 2), SingleSteps(model), model.dtype)
-    except Exception:
-        logger.warning("%s fails in %s", kind.__name__, type(model).__name__, exc_info=True)
-        return False
-
-
-def _same_logits(batched: Steps, single: Steps, dtype: torch.dtype) -> bool:
-    """Whether two requests of different lengths get the same logits together as each alone."""
-    import torch
-
-    found = []
-    for steps in (batched, single):
-        first = steps.prefill(0, None, [1, 2, 3, 4, 5], 0)
-        part = steps.prefill(1, None, [6, 7], 0)
-        both = steps.decode([1, 0], [None, None], [3, 2])
-        found.append(torch.stack([first, part, *both, *steps.decode([0, 1], [None, None], [5, 4])]).float())
-    difference = (found[0] - found[1]).abs().max()
-    return bool(difference <= max(1e-3, 8 * torch.finfo(dtype).eps) * found[1].abs().max())
-
-
-def _refuse_unknown(model: PreTrainedModel) -> None:
+def refuse_unknown(model: PreTrainedModel) -> None:
     """What a short trial would not show."""
     config = model.config.get_text_config(decoder=True)
     ropes = getattr(config, "rope_parameters", None) or {}
@@ -361,7 +329,7 @@ def _refuse_unknown(model: PreTrainedModel) -> None:
             raise ValueError(f"{name}, which adapters replace, is no single layer")
 
 
-def _windows(config: Any) -> dict[str, int | None]:
+def windows_of(config: Any) -> dict[str, int | None]:
     """How far back each kind of layer sees, by the names that transformers gives the kinds; null is all."""
     window = getattr(config, "sliding_window", None)
     kinds = sorted(set(getattr(config, "layer_types", None) or ()))

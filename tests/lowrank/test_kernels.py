@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowrank.kernels import both_products, build, dense, grouped, products
+from lowrank.kernels import attend, both_products, build, dense, grouped, products
 from lowrank.kernels.products import _by_panels
 
 needs_compiler = pytest.mark.skipif(build.kernel() is None, reason="no C compiler")
@@ -105,3 +105,48 @@ def test_large_weights_on_two_threads_and_what_does_not_fit() -> None:
     assert dense.product(x.double(), w.double()) is None
     assert dense.product(x, w.T.contiguous().T) is None
     assert dense.product(x[:0], w) is None
+
+
+@needs_compiler
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.sampled_from([(4, 4, 8), (6, 2, 64), (9, 3, 80), (8, 1, 16), (5, 1, 128)]),
+    st.lists(st.integers(0, 150), min_size=1, max_size=20),
+    st.sampled_from([None, 1, 40]),
+)
+def test_attention_over_each_past_is_that_of_torch(
+    sizes: tuple[int, int, int], columns: list[int], window: int | None
+) -> None:
+    heads = attend.Heads(*sizes, scale=sizes[2] ** -0.5, window=window)
+    generator = torch.Generator().manual_seed(sum(columns))
+    tokens, wide = len(columns), heads.heads * heads.size
+    keys = torch.randn(tokens, heads.kv_heads, heads.size, 160, generator=generator)
+    values = torch.randn(tokens, heads.kv_heads, 160, heads.size, generator=generator)
+    rows = torch.randperm(tokens, generator=generator)
+    qkv = 3 * torch.randn(tokens, wide + 2 * heads.kv_heads * heads.size, generator=generator)
+    query, key, value = (part.clone() for part in qkv.split([wide, *[heads.kv_heads * heads.size] * 2], dim=1))
+    angles = torch.randn(tokens, heads.size // 2, generator=generator).repeat(1, 2)
+    turns = angles.cos(), angles.sin()
+    at = attend.Tokens(rows, torch.tensor(columns), max(columns) + 1)
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        x = x.view(tokens, -1, heads.size)
+        first, second = x.chunk(2, dim=-1)
+        return x * turns[0][:, None] + torch.cat((-second, first), dim=-1) * turns[1][:, None]
+
+    attend.keep(heads, qkv, turns, (keys, values), at)
+    said = attend.attend(heads, qkv, (keys, values), at).view(tokens, heads.heads, heads.size)
+    for token, (row, column) in enumerate(zip(rows.tolist(), columns, strict=True)):
+        torch.testing.assert_close(keys[row, :, :, column], turned(key)[token])
+        assert torch.equal(values[row, :, column], value.view(tokens, -1, heads.size)[token])
+        first = max(0, column + 1 - (window or column + 1))
+        seen = keys[row, :, :, first : column + 1].mT.double(), values[row, :, first : column + 1].double()
+        grouped = turned(query)[token].view(heads.kv_heads, -1, heads.size).double()
+        expected = torch.nn.functional.scaled_dot_product_attention(grouped, *seen, scale=heads.scale)
+        torch.testing.assert_close(said[token].double(), expected.flatten(0, 1), rtol=1e-5, atol=1e-5)
+
+
+@needs_compiler
+def test_rms_norm_is_that_of_torch() -> None:
+    x, weight = torch.randn(7, 90), torch.randn(90)
+    torch.testing.assert_close(attend.rms_norm(x, weight, 1e-3), torch.nn.functional.rms_norm(x, (90,), weight, 1e-3))

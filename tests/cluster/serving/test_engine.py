@@ -178,7 +178,7 @@ def test_a_step_that_fails_once_leaves_the_others_as_they_were(
 
 
 def test_a_failing_step_ends_its_own_job_only(engine: Engine) -> None:
-    (_, broken), (_, fine) = run(engine, Job("no such adapter", PROMPT, 5), Job("one", PROMPT, 5, GREEDY))
+    (_, broken), (_, fine) = run(engine, Job("one", (10**6,), 5), Job("one", PROMPT, 5, GREEDY))
     assert (broken.finish, fine.finish) == ("error", "length")
     assert engine.healthy
 

@@ -8,7 +8,8 @@ import torch
 from adapter_samples import RANKLESS, randomize
 
 from cluster.serving.fused import FusedSteps
-from cluster.serving.steps import BatchedSteps, SingleSteps, Steps, steps_for
+from cluster.serving.steps import BatchedSteps, Chunk, SingleSteps, Steps
+from cluster.serving.trial import steps_for
 from lowrank.adapters.base import Adapter, Layer
 from lowrank.adapters.registry import FAMILIES, initial_adapters
 from lowrank.config import AdapterConfig
@@ -55,20 +56,29 @@ def with_adapters(model: Any, methods: Sequence[str], base: str = "dense") -> An
 
 
 def logits(steps: Steps, requests: Sequence[Request], rounds: int = 6, together: bool = True) -> list[torch.Tensor]:
-    """Logits of every request after its prompt and after each of `rounds` greedy tokens."""
-    found: list[list[torch.Tensor]] = []
+    """Logits of every request after its prompt and after each of `rounds` greedy tokens.
+
+    Prompts are read in two parts; those of the odd requests while the even ones write.
+    """
+    found: list[list[torch.Tensor]] = [[] for _ in requests]
+    taken = [0] * len(requests)
+
+    def next_chunk(number: int, at: int) -> Chunk | None:
+        adapter, prompt = requests[number]
+        half, own = len(prompt) // 2, at - 2 * (number % 2)
+        if not 0 <= own < rounds + 2:
+            return None
+        parts = {0: tuple(prompt[:half]), 1: tuple(prompt[half:])}
+        tokens = parts.get(own) or (int(found[number][-1].argmax()),)
+        return Chunk(number, adapter, tokens, taken[number])
+
     with torch.inference_mode():
-        for number, (adapter, prompt) in enumerate(requests):
-            half = len(prompt) // 2
-            steps.prefill(number, adapter, prompt[:half], 0)
-            found.append([steps.prefill(number, adapter, prompt[half:], half)])
-        for _ in range(rounds):
-            tokens = [int(own[-1].argmax()) for own in found]
-            groups = [range(len(requests))] if together else [[n] for n in range(len(requests))]
-            for group in groups:
-                names = [requests[n][0] for n in group]
-                for n, new in zip(group, steps.decode(list(group), names, [tokens[n] for n in group]), strict=True):
-                    found[n].append(new)
+        for at in range(rounds + 4):
+            chunks = [chunk for number in range(len(requests)) if (chunk := next_chunk(number, at)) is not None]
+            for group in [chunks] if together else [[chunk] for chunk in chunks]:
+                for chunk, new in zip(group, steps.step(group), strict=True):
+                    taken[chunk.request] += len(chunk.tokens)
+                    found[chunk.request].append(new)
     return [torch.stack(own) for own in found]
 
 
@@ -126,12 +136,18 @@ def test_a_model_that_takes_no_batch_is_asked_in_turn(engine_log: pytest.LogCapt
     assert "BatchedSteps does not fit GPTNeoXForCausalLM" in engine_log.text
 
 
-def test_requests_come_and_go_and_their_rows_move() -> None:
+@pytest.mark.parametrize("kind", [FusedSteps, BatchedSteps])
+def test_requests_come_and_go_and_their_rows_move(kind: Any) -> None:
     model = with_adapters(tiny("llama", num_key_value_heads=2), ["lora", "loha", "hira"])
-    steps, alone = steps_for(model, 3), SingleSteps(model)
-    assert isinstance(steps, FusedSteps)
-    live: dict[int, list[Any]] = {}
+    steps, alone = kind(model, 3), SingleSteps(model)
+    live: dict[int, tuple[str | None, int, int]] = {}
     generator = torch.Generator().manual_seed(0)
+
+    def compare(chunks: list[Chunk]) -> None:
+        for chunk, one, other in zip(chunks, steps.step(chunks), alone.step(chunks), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+            live[chunk.request] = chunk.adapter, int(other.argmax()), chunk.start + len(chunk.tokens)
+
     with torch.inference_mode():
         for number in range(40):
             if len(live) == 3:
@@ -140,31 +156,46 @@ def test_requests_come_and_go_and_their_rows_move() -> None:
                 alone.release(gone)
                 del live[gone]
             adapter = [None, "lora", "loha", "hira"][number % 4]
-            prompt = torch.randint(300, (1 + number % 9,), generator=generator).tolist()
-            first = steps.prefill(number, adapter, prompt, 0)
-            torch.testing.assert_close(first, alone.prefill(number, adapter, prompt, 0), rtol=1e-4, atol=1e-4)
-            live[number] = [adapter, int(first.argmax())]
+            length = 60 if number in (7, 22) else 1 + number % 9
+            new = Chunk(number, adapter, tuple(torch.randint(300, (length,), generator=generator).tolist()), 0)
             some = [n for n in live if n % 3 or len(live) < 3]
-            for _ in range(30 if number == 20 else 3):  # beyond the first columns of the cache
-                names, tokens = [live[n][0] for n in some], [live[n][1] for n in some]
-                ours = steps.decode(some, names, tokens)
-                for n, one, other in zip(some, ours, alone.decode(some, names, tokens), strict=True):
-                    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
-                    live[n][1] = int(other.argmax())
+            for again in range(30 if number == 20 else 3):  # beyond the first columns of the cache
+                chunks = [Chunk(n, live[n][0], (live[n][1],), live[n][2]) for n in some]
+                if chunks or again == 0:
+                    compare([*chunks, new] if again == 0 else chunks)
+
+
+def test_long_and_short_chunks_share_a_pass() -> None:
+    model = with_adapters(tiny("mistral", num_key_value_heads=2, sliding_window=40), ["lora", "lokr"])
+    generator = torch.Generator().manual_seed(1)
+
+    def words(length: int) -> tuple[int, ...]:
+        return tuple(torch.randint(300, (length,), generator=generator).tolist())
+
+    passes = [
+        [Chunk(0, "lora", words(70), 0), Chunk(1, "lokr", words(3), 0)],
+        [Chunk(1, "lokr", words(1), 3), Chunk(0, "lora", words(50), 70), Chunk(2, None, words(50), 0)],
+        [Chunk(2, None, words(20), 50), Chunk(0, "lora", words(1), 120), Chunk(3, "lora", words(49), 0)],
+    ]
+    fused, alone = FusedSteps(model, 4), SingleSteps(model)
+    with torch.inference_mode():
+        for chunks in passes:
+            for one, other in zip(fused.step(chunks), alone.step(chunks), strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
 
 
 def test_a_row_is_clean_for_its_next_request() -> None:
     model = tiny("llama")
     steps = BatchedSteps(model, 2)
     with torch.inference_mode():
-        steps.prefill(0, None, PROMPT, 0)
-        steps.prefill(1, None, PROMPT * 3, 0)
+        steps.step([Chunk(0, None, tuple(PROMPT), 0), Chunk(1, None, tuple(PROMPT * 3), 0)])
         for layer in steps._cache._layers.values():
             for held in layer:
                 held[0] = torch.nan
         steps.release(0)
-        steps.prefill(2, None, [1], 0)
-        assert torch.isfinite(torch.stack(steps.decode([2, 1], [None, None], [3, 4]))).all()
+        steps.step([Chunk(2, None, (1,), 0)])
+        found = steps.step([Chunk(2, None, (3,), 1), Chunk(1, None, (4,), len(PROMPT * 3))])
+        assert torch.isfinite(torch.stack(found)).all()
         steps.release(1)
         steps.release(2)
     assert steps._cache._layers == {}  # nothing is held for nobody
@@ -185,7 +216,7 @@ def test_what_depends_on_neighbours_goes_in_turn(kind: str, more: Any, reason: s
 
 
 def test_bfloat16_is_batched() -> None:
-    assert isinstance(steps_for(tiny("llama").to(torch.bfloat16), 2), FusedSteps)
+    assert isinstance(steps_for(tiny("llama").to(torch.bfloat16), 2), BatchedSteps)
     assert isinstance(steps_for(tiny("gpt_neox").to(torch.bfloat16), 2), BatchedSteps)
 
 
