@@ -159,6 +159,16 @@ class ServeConfig:
     max_waiting: Annotated[int, Ge(0), EXECUTION] = 48
     """Requests that wait for their turn, per replica; the adapter with the fewest in flight is next. More are answered
     429."""
+    adapter_mib: Annotated[float, Gt(0), EXECUTION] = 1024
+    """Memory of the adapters that a replica holds, in MiB; the one that was used least recently makes room."""
+    host_adapter_mib: Annotated[float, Ge(0), EXECUTION] = 4096
+    """On a GPU: memory of the host for adapters that had to make room there, in MiB."""
+    canary_alias: Annotated[str | None, EXECUTION] = None
+    """A share of the requests for a bare name goes to the version that holds this alias; null sends none."""
+    canary_share: Annotated[float, Interval(ge=0, le=1), EXECUTION] = 0.1
+    """That share."""
+    request_timeout_s: Annotated[float, Gt(0), EXECUTION] = 600.0
+    """Seconds after which a request that is not answered ends with an error."""
 
 
 @dataclass(frozen=True, kw_only=True)

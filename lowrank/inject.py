@@ -51,6 +51,34 @@ class Mix:
         return found
 
 
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """An adapter with all that a `Mix` needs of it made beforehand."""
+
+    adapter: Adapter
+    pair: tuple[Tensor, Tensor] | None
+
+    @classmethod
+    def of(cls, adapter: Adapter) -> Ready:
+        """Make it."""
+        return cls(adapter, _pair_of(adapter))
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors; those that adapter and pair share count once."""
+        tensors = (*self.adapter.parameters(), *self.adapter.buffers(), *(self.pair or ()))
+        return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
+
+def _pair_of(adapter: Adapter) -> tuple[Tensor, Tensor] | None:
+    """A (r, n) and Bᵀ (r, m) of an adapter whose change is B A at few more numbers than its own, or None."""
+    form = adapter.low_rank() if adapter.export == "exact" else None
+    own = sum(tensor.numel() for tensor in (*adapter.parameters(), *adapter.buffers()))
+    if form is None or len(form[1]) > _MOST_RANKS or sum(p.numel() for p in form) > _MOST_NUMBERS * own:
+        return None
+    return form[1].detach().contiguous(), form[0].detach().T.contiguous()
+
+
 class AdaptedLinear(nn.Module):
     """A frozen base layer plus named adapters, of which one (or none) is active: y = (W + ΔW) x + b.
 
@@ -67,15 +95,30 @@ class AdaptedLinear(nn.Module):
         self._prepared: tuple[Mix, GroupedPairs | None, list[tuple[str, slice | Tensor]]] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """y (..., m) for x (..., n)."""
+        """y (..., m) for x (..., n); what the base says where the active adapter does not change this layer."""
         y: Tensor = self.base(x)
         if self.active is None or self._kept is not None:
             return y
         if isinstance(self.active, Mix):
             self.mix_into(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), self.active)
             return y
+        if self.active not in self.adapters:
+            return y
         changed: Tensor = self.adapters[self.active](x, y, self.base)
         return changed
+
+    def add(self, name: str, ready: Ready) -> None:
+        """Take in an adapter; other threads may use the other ones meanwhile."""
+        self._pairs[name] = ready.pair
+        self.adapters[name] = ready.adapter
+
+    def remove(self, name: str) -> Adapter:
+        """Give an adapter away that nobody uses."""
+        adapter = self.adapters.pop(name)
+        assert isinstance(adapter, Adapter)
+        self._pairs.pop(name, None)
+        self._prepared = None
+        return adapter
 
     def mix_into(self, y: Tensor, x: Tensor, mix: Mix) -> None:
         """Change what the base made of x (rows, n), y (rows, m), in place, each row by its own adapter.
@@ -85,40 +128,37 @@ class AdaptedLinear(nn.Module):
         """
         if len(x) != len(mix.names):
             raise AdapterError(f"mix adapters: {len(x)} rows came to a layer, the mix is of {len(mix.names)}.")
-        if self._prepared is None or self._prepared[0] is not mix:
-            self._prepared = (mix, *self._prepare(mix, x.device))
-        _, grouped, others = self._prepared
+        prepared = self._prepared
+        if prepared is None or prepared[0] is not mix:
+            prepared = self._prepared = (mix, *self._prepare(mix, x.device))
+        _, grouped, others = prepared
         for name, rows in others:
             y[rows] = self.adapters[name](x[rows], y[rows], self.base)
         if grouped is not None:
             grouped.add_to(y, x)
 
     def _prepare(self, mix: Mix, device: torch.device) -> tuple[GroupedPairs | None, list[tuple[str, slice | Tensor]]]:
-        """The few tokens of adapters that are low-rank pairs together, and the others with their rows."""
-        pairs, tokens = [], []
+        """The adapters that are low-rank pairs together, and the others with their rows."""
+        pairs, parts = [], []
         others: list[tuple[str, slice | Tensor]] = []
         for name, (runs, rows) in mix.parts.items():
             if name not in self.adapters:
                 continue
-            others += [(name, run) for run in runs]
-            if rows and (pair := self._pair(name)) is not None:
+            if (pair := self._pair(name)) is not None:
                 pairs.append(pair)
-                tokens.append(rows)
-            elif rows:
+                parts.append((runs, rows))
+                continue
+            others += [(name, run) for run in runs]
+            if rows:
                 others.append((name, torch.tensor(rows, device=device)))
-        return (GroupedPairs(pairs, tokens) if pairs else None), others
+        return (GroupedPairs(pairs, parts) if pairs else None), others
 
     def _pair(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """A (r, n) and Bᵀ (r, m) of an adapter whose change is B A, or None; made once."""
+        """`_pair_of` an adapter, made once."""
         if name not in self._pairs:
             adapter = self.adapters[name]
             assert isinstance(adapter, Adapter)
-            form = adapter.low_rank() if adapter.export == "exact" else None
-            own = sum(tensor.numel() for tensor in (*adapter.parameters(), *adapter.buffers()))
-            if form is None or len(form[1]) > _MOST_RANKS or sum(p.numel() for p in form) > _MOST_NUMBERS * own:
-                self._pairs[name] = None
-            else:
-                self._pairs[name] = form[1].detach().contiguous(), form[0].detach().T.contiguous()
+            self._pairs[name] = _pair_of(adapter)
         return self._pairs[name]
 
     def merge(self) -> None:
@@ -189,11 +229,16 @@ def inject(model: nn.Module, adapters: Mapping[str, Mapping[str, Adapter]], acti
             base = model.get_submodule(name)
         except AttributeError as error:
             raise AdapterError(f"inject adapter: the model has no module {name!r}. Check target_modules.") from error
-        _check_shapes(name, base, named)
+        check_shapes(name, base, named)
         replace_module(model, name, AdaptedLinear(base, named, active))
 
 
-def _check_shapes(name: str, base: nn.Module, adapters: Mapping[str, Adapter]) -> None:
+def check_shapes(name: str, base: nn.Module, adapters: Mapping[str, Adapter]) -> None:
+    """Refuse adapters (by their names) of another shape than the layer `name` has.
+
+    Raises:
+        AdapterError: which, and both shapes.
+    """
     shape = getattr(base, "out_features", None), getattr(base, "in_features", None)
     if None in shape:  # GPT-2's Conv1D, which stores the transpose
         weight = base.get_parameter("weight")

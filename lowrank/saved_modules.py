@@ -88,10 +88,15 @@ def add_saved(
         if not isinstance(module, SavedModule):
             module = SavedModule(module, active)
             replace_module(model, name, module)
-        module.copies[adapter] = _copy(name, module.base, values)
+        module.copies[adapter] = saved_copy(name, module.base, values)
 
 
-def _copy(name: str, base: nn.Module, values: Mapping[str, Tensor] | None) -> nn.Module:
+def saved_copy(name: str, base: nn.Module, values: Mapping[str, Tensor] | None) -> nn.Module:
+    """A trainable copy of module `name`, with the given parameters or (None) those of the base.
+
+    Raises:
+        AdapterError: they have other names or shapes.
+    """
     made = copy.deepcopy(base).requires_grad_(True)
     if values is None:
         return made

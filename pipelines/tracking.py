@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import wraps
@@ -269,7 +268,7 @@ class Tracker:
 
         with contextlib.suppress(MlflowException):
             self._client.create_registered_model(name)
-        found = [v for v in self._client.search_model_versions(f"name = '{name}'") if v.tags.get("rankline.key") == key]
+        found = [v for v in self._client.search_model_versions(_named(name)) if v.tags.get("rankline.key") == key]
         return found[0] if found else None
 
     def _move(self, name: str, version: str, alias: str, better: Callable[[Mapping[str, str]], str]) -> str:
@@ -291,22 +290,75 @@ class Tracker:
             return self._client.get_model_version_by_alias(name, alias)
         return None
 
+
+@dataclass(frozen=True)
+class ListedModel:
+    """A registered model; `aliases` are alias -> version."""
+
+    name: str
+    updated_ms: int
+    aliases: dict[str, str]
+
+
+@dataclass(frozen=True)
+class ListedVersion:
+    """A version of a registered model; `source` is the URI of its files."""
+
+    version: str
+    source: str
+    status: str
+    tags: dict[str, str]
+
+
+class RegistryReader:
+    """The model registry, read only."""
+
     @_mapped
-    def fetch(self, name: str, version: str) -> Path:
-        """An immutable local copy of a version's files, in the store."""
+    def __init__(self, uri: str) -> None:
+        """Args: uri: tracking URI."""
+        from mlflow import MlflowClient
+
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        self._uri = uri
+        self._client: Any = MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+    @_mapped
+    def models(self) -> list[ListedModel]:
+        """Every registered model."""
+        return [
+            ListedModel(model.name, int(model.last_updated_timestamp), {a: str(v) for a, v in model.aliases.items()})
+            for model in _pages(self._client.search_registered_models, max_results=1000)
+        ]
+
+    @_mapped
+    def versions(self, name: str) -> list[ListedVersion]:
+        """Every version of a model; none where MLflow's filter cannot name it."""
+        if "'" in name and '"' in name:
+            return []
+        found = _pages(self._client.search_model_versions, filter_string=_named(name), max_results=1000)
+        return [ListedVersion(str(v.version), v.source, str(v.status), dict(v.tags)) for v in found]
+
+    @_mapped
+    def download(self, uri: str, directory: Path) -> None:
+        """Copy one artifact file into a directory."""
         from mlflow.artifacts import download_artifacts
 
-        target = self._store / "_served" / name / str(version)
-        if not target.is_dir():
-            source = self._client.get_model_version(name, version).source
-            temporary = target.with_name(f".{version}.{os.getpid()}")
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            download_artifacts(artifact_uri=source, dst_path=str(temporary), tracking_uri=self.uri)
-            found = temporary / "model" if (temporary / "model").is_dir() else temporary
-            found.rename(target)
-            shutil.rmtree(temporary, ignore_errors=True)
-        return target
+        download_artifacts(artifact_uri=uri, dst_path=str(directory), tracking_uri=self._uri)
+
+
+def _named(name: str) -> str:
+    """MLflow's filter for a model; its language cannot say a name that has both kinds of quotes."""
+    return f'name = "{name}"' if "'" in name else f"name = '{name}'"
+
+
+def _pages(search: Callable[..., Any], **options: Any) -> Iterator[Any]:
+    token = None
+    while True:
+        page = search(page_token=token, **options)
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 def _description(card: Path) -> str | None:

@@ -5,10 +5,11 @@ imported inside `create_app` so that importing this module stays instant.
 """
 
 import asyncio
+import contextlib
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +32,9 @@ from cluster.serving.service import Generation, Service
 class Answer:
     """OpenAI's objects for one answer of either route."""
 
-    def __init__(self, request: GenerationRequest) -> None:
+    def __init__(self, request: GenerationRequest, version: str) -> None:
+        """Args: version: what answers, which `system_fingerprint` says."""
+        self._version = version
         self._chat = isinstance(request, ChatRequest)
         self._logprobs = request.wanted_logprobs is not None
         self._model = request.model
@@ -83,7 +86,8 @@ class Answer:
 
     def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         kind = kind if self._chat else "text_completion"
-        return {"id": self._id, "object": kind, "created": self._created, "model": self._model, "choices": choices}
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._model,
+                "system_fingerprint": self._version, "choices": choices}  # fmt: skip
 
 
 def _entry(token: str, logprob: float) -> dict[str, Any]:
@@ -103,7 +107,9 @@ def _event(value: Any) -> bytes:
     return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
-def _failed() -> ApiError:
+def _failed(generation: Generation | None = None) -> ApiError:
+    if generation is not None and generation.expired:
+        return ApiError(504, "The answer took too long.", type="server_error", code="deadline_exceeded")
     return ApiError(500, "The generation failed; see the replica's log.", type="server_error", code="internal_error")
 
 
@@ -127,7 +133,7 @@ class _Progress:
 
 async def _events(request: GenerationRequest, generation: Generation, facts: dict[str, Any]) -> AsyncIterator[bytes]:
     """Server-sent events of one answer, ending with `[DONE]`."""
-    answer, progress = Answer(request), _Progress(facts)
+    answer, progress = Answer(request, generation.version), _Progress(facts)
     extra = {"usage": None} if request.include_usage else {}
     for choice in range(request.n or 1):
         opening = answer.opening(choice)
@@ -136,7 +142,7 @@ async def _events(request: GenerationRequest, generation: Generation, facts: dic
     async for choice, piece in generation.pieces():
         progress.note(choice, piece)
         if piece.finish in ("error", "cancelled"):
-            yield _event(_failed().body())
+            yield _event(_failed(generation).body())
             return
         if piece.text or piece.logprobs:
             yield _event(answer.chunk(choice, replace(piece, finish=None)) | extra)
@@ -154,13 +160,18 @@ async def _collect(request: GenerationRequest, generation: Generation, facts: di
         choices[choice].append(piece)
         progress.note(choice, piece)
         if piece.finish in ("error", "cancelled"):
-            raise _failed()
-    return Answer(request).whole(choices, generation.prompt_tokens)
+            raise _failed(generation)
+    return Answer(request, generation.version).whole(choices, generation.prompt_tokens)
 
 
 def _note_start(facts: dict[str, Any], request: GenerationRequest, generation: Generation) -> None:
     # The model id is a known one by now, so that nobody writes lines of their own into the log.
-    facts |= {"model": request.model, "stream": bool(request.stream), "prompt_tokens": generation.prompt_tokens}
+    facts |= {
+        "model": request.model,
+        "version": generation.version,
+        "stream": bool(request.stream),
+        "prompt_tokens": generation.prompt_tokens,
+    }
 
 
 def create_app(service: Service, check: TokenCheck) -> App:
@@ -206,11 +217,10 @@ def create_app(service: Service, check: TokenCheck) -> App:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model(service, model_id) for model_id in service.model_ids]}
+        return {"object": "list", "data": list(_models(service))}
 
     @app.get("/v1/models/{model_id:path}")
     async def model(model_id: str) -> dict[str, Any]:
-        service.require(model_id)
         return _model(service, model_id)
 
     @app.get("/healthz")
@@ -227,7 +237,15 @@ def create_app(service: Service, check: TokenCheck) -> App:
 
 
 def _model(service: Service, model_id: str) -> dict[str, Any]:
-    return {"id": model_id, "object": "model", "created": service.created, "owned_by": "rankline"}
+    version = service.require(model_id)
+    own: dict[str, Any] = {"base": service.base} if version is None else {"parent": service.base_id, "root": version.id}
+    return {"id": model_id, "object": "model", "created": service.created, "owned_by": "rankline"} | own
+
+
+def _models(service: Service) -> Iterator[dict[str, Any]]:
+    for model_id in service.model_ids:
+        with contextlib.suppress(ApiError):  # the registry has changed since it was asked for its ids
+            yield _model(service, model_id)
 
 
 async def _unless_gone(http: Any, work: Any) -> Any:

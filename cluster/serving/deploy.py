@@ -55,7 +55,7 @@ def deploy(spec: ServeSpec, config: ServeConfig, timeout_s: float = DEPLOY_TIMEO
     url = endpoint_url(config)
     wait_ready(url)
     return Endpoint(
-        spec.app_name, ROUTE_PREFIX, url, config.num_replicas, (spec.base_model_id, *(m for m in spec.adapters))
+        spec.app_name, ROUTE_PREFIX, url, config.num_replicas, (spec.base_model_id, *spec.adapters.model_ids())
     )
 
 

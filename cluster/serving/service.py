@@ -12,13 +12,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.artifacts import ShardSet
 from cluster.config import ServeConfig
 from cluster.errors import ServeError
+from cluster.model import generation_defaults, load_tokenizer
 from cluster.serving.decoding import Sampling
 from cluster.serving.engine import BusyError, Engine, Job, Piece, Slot
 from cluster.serving.protocol import ApiError, ChatRequest, CompletionRequest, GenerationRequest
-from cluster.serving.sources import AdapterSource, FixedSource
-from cluster.serving.spec import ServeSpec
+from cluster.serving.sources import AdapterSource, ForeignAdapterError, UnknownAdapterError, Version
+from cluster.serving.spec import ServeSpec, base_identity
+from cluster.serving.store import AdapterStore, FullError, Lease, RefusedError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,21 +33,45 @@ _RETRY_AFTER_S = 1
 class Generation:
     """The running jobs of a request, one per choice, as an asynchronous sequence of pieces."""
 
-    def __init__(self, prompt_tokens: int) -> None:
-        self.prompt_tokens = prompt_tokens
+    def __init__(self, prompt_tokens: int, version: str, lease: Lease, timeout_s: float) -> None:
+        """Args:
+        prompt_tokens: of the request.
+        version: what answers.
+        lease: of its adapter; given back when the last job has ended.
+        timeout_s: after which the jobs end, and `expired` is true.
+        """
+        self.prompt_tokens, self.version, self.expired = prompt_tokens, version, False
+        self._lease, self._timeout_s = lease, timeout_s
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         self._slots: list[Slot] = []
+        self._running = 0
 
     def start(self, engine: Engine, jobs: Sequence[Job]) -> None:
         """Hand the jobs in, all or none; raises BusyError."""
-        self._slots = engine.submit_all(jobs, [partial(self._emit, choice) for choice in range(len(jobs))])
+        self._running = len(jobs)
+        try:
+            self._slots = engine.submit_all(jobs, [partial(self._emit, choice) for choice in range(len(jobs))])
+        except BaseException:
+            self._lease.release()
+            raise
+        self._timer = self._loop.call_later(self._timeout_s, self._expire)
+
+    def _expire(self) -> None:
+        self.expired = True
+        self.cancel()
 
     def _emit(self, choice: int, piece: Piece) -> None:
+        """On the engine's thread."""
+        if piece.finish is not None:
+            self._running -= 1
+            if self._running == 0:
+                self._lease.release()
         self._loop.call_soon_threadsafe(self._queue.put_nowait, (choice, piece))
 
     def cancel(self) -> None:
         """The client has left, or the answer is complete."""
+        self._timer.cancel()
         for slot in self._slots:
             slot.cancel()
 
@@ -58,54 +85,69 @@ class Generation:
 
 
 class Service:
-    """One replica's model under its ids."""
+    """One replica's model: the base, and the adapters of a source."""
 
     def __init__(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        models: Mapping[str, str | None],
+        base: tuple[str, str | None],
+        source: AdapterSource,
         config: ServeConfig,
+        base_facts: Mapping[str, Any] | None = None,
     ) -> None:
-        """Args: model: adapters injected. models: model id -> the adapter's name in the model's layers, or None."""
-        from cluster.model import generation_defaults
-        from lowrank.inject import set_active
-
-        for adapter in models.values():
-            set_active(model, adapter)  # an adapter that lacks a layer is refused now, not at its first request
-        self._models = dict(models)
+        """Args:
+        model: able to take adapters (`lowrank.resident.make_adaptable`).
+        tokenizer: of the model.
+        base: the base's model id, and the adapter's name in the model's layers that it stands for, or None.
+        source: of adapters.
+        config: limits.
+        base_facts: what the base of an adapter must be.
+        """
+        self.base_id, self._base = base
+        self.base = base_identity(base_facts or {})
+        self._source, self._config = source, config
         self._tokenizer, self._lock = tokenizer, threading.Lock()
-        self._max_new_tokens = config.max_new_tokens
         text_config = model.config.get_text_config(decoder=True)
         self._vocab_size = int(text_config.vocab_size)
         self._context = int(getattr(text_config, "max_position_embeddings", None) or 2**31)
         eos = generation_defaults(model)["eos"] or [tokenizer.eos_token_id]
         self._engine = Engine(model, copy.deepcopy(tokenizer), eos, config.max_concurrent, config.max_waiting)
+        limits = int(config.adapter_mib * 2**20), int(config.host_adapter_mib * 2**20)
+        self.store = AdapterStore(model, source, base_facts or {}, *limits)
         self.created = int(time.time())
+        source.watch(self.store.prefetch)
 
     @classmethod
-    def load(cls, spec: ServeSpec, config: ServeConfig, source: AdapterSource | None = None) -> Service:
-        """Build the model of `spec` with every adapter of `source` (null: the directories that `spec` names)."""
-        from cluster.model import load_tokenizer
+    def load(cls, spec: ServeSpec, config: ServeConfig) -> Service:
+        """Build the model of `spec`, and load the adapters that it requires.
 
-        source = source or FixedSource(spec.adapters)
-        ids = source.model_ids()
-        if spec.base_model_id in ids:
+        Raises:
+            ServeError: a required adapter is not there or is refused, or has the base's id.
+        """
+        from lowrank.resident import make_adaptable
+
+        source = spec.adapters
+        if spec.base_model_id in source.model_ids():
             raise ServeError(f"serve {spec.app_name}: the base and an adapter are both called {spec.base_model_id!r}.")
-        # Layers know adapters by plain names: a model id may hold a dot, which torch's ModuleDict refuses.
-        slots: dict[str, str | None] = {spec.base_model_id: "init" if spec.source.base == "nf4" else None}
-        paths: dict[str, Path | None] = {"init": None} if spec.source.base == "nf4" else {}
-        names: dict[Path, str] = {}  # an adapter under several ids (a name and a name with its version) is loaded once
-        for model_id in ids:
-            path = source.resolve(model_id)
-            slots[model_id] = names.setdefault(path, f"adapter{len(names)}")
-            paths[names[path]] = path
-        return cls(_build(spec, paths), load_tokenizer(spec.source.shards), slots, config)
+        required = list(dict.fromkeys(source.resolve(model_id) for model_id in spec.required))
+        model = _build(spec)
+        linears = [linear.name for linear in ShardSet(spec.source.shards).architecture.linears]
+        make_adaptable(model, linears, {name for one in required for name in _saved_names(source.fetch(one))})
+        base = spec.base_model_id, _initial(spec)
+        service = cls(model, load_tokenizer(spec.source.shards), base, source, config, spec.source.base_facts)
+        try:
+            for version in required:
+                service.store.lease(version).release()
+        except ServeError:
+            service.close()
+            raise
+        return service
 
     @property
     def model_ids(self) -> tuple[str, ...]:
         """The base, then the adapters."""
-        return tuple(self._models)
+        return (self.base_id, *self._source.model_ids())
 
     @property
     def healthy(self) -> bool:
@@ -119,26 +161,53 @@ class Service:
 
     def close(self) -> None:
         """End the engine."""
+        self._source.close()
+        self.store.close()
         self._engine.close()
 
-    def require(self, model_id: str) -> None:
-        """Raise 404 unless `model_id` is served; ids are case-exact and only ever looked up."""
-        if model_id not in self._models:
+    def require(self, model_id: str) -> Version | None:
+        """What a model id stands for now (None: the base); raises 404 if nothing. Ids are only ever looked up."""
+        if model_id == self.base_id:
+            return None
+        try:
+            return self._source.resolve(model_id)
+        except UnknownAdapterError as error:
             raise ApiError(
                 404, f"The model {model_id!r} does not exist. See /v1/models.", param="model", code="model_not_found"
-            )
+            ) from error
+        except ForeignAdapterError as error:
+            raise _refused(error) from error
+
+    async def _lease(self, version: Version | None) -> Lease:
+        """Use a version; waits while it is loaded, which holds nobody else up."""
+        if version is None:
+            return Lease(self._base)
+        try:
+            found = self.store.ask(version)
+            while not isinstance(found, Lease):
+                # Shielded: one client that leaves must not end the load for the others.
+                await asyncio.shield(asyncio.wrap_future(found))
+                found = self.store.ask(version, again=True)
+        except RefusedError as error:
+            raise _refused(error) from error
+        except FullError as error:
+            raise _busy(str(error)) from error
+        except ServeError as error:
+            message, wait = f"The model cannot be loaded now: {error}", {"Retry-After": str(_RETRY_AFTER_S)}
+            raise ApiError(503, message, type="server_error", code="adapter_unavailable", headers=wait) from error
+        return found
 
     async def chat(self, request: ChatRequest) -> Generation:
         """Start a chat completion."""
-        self.require(request.model)
+        version = self.require(request.model)
         prompt = await asyncio.to_thread(self._chat_ids, [message.for_template() for message in request.messages])
-        return self._start(request, prompt, None, "messages")
+        return await self._start(request, version, prompt, None, "messages")
 
     async def complete(self, request: CompletionRequest) -> Generation:
         """Start a text completion."""
-        self.require(request.model)
+        version = self.require(request.model)
         prompt = await asyncio.to_thread(self._prompt_ids, request.prompt)
-        return self._start(request, prompt, _COMPLETION_DEFAULT_TOKENS, "prompt")
+        return await self._start(request, version, prompt, _COMPLETION_DEFAULT_TOKENS, "prompt")
 
     def _chat_ids(self, messages: list[dict[str, str]]) -> list[int]:
         from jinja2 import TemplateError
@@ -169,7 +238,9 @@ class Service:
             ids.pop()
         return ids or [end if start is None else start]
 
-    def _start(self, request: GenerationRequest, prompt: list[int], default: int | None, param: str) -> Generation:
+    async def _start(
+        self, request: GenerationRequest, version: Version | None, prompt: list[int], default: int | None, param: str
+    ) -> Generation:
         max_tokens = self._limit(request, len(prompt), default, param)
         if (request.n or 1) > self._engine.capacity:
             most = self._engine.capacity
@@ -178,32 +249,29 @@ class Service:
             temperature=1.0 if request.temperature is None else request.temperature,
             top_p=1.0 if request.top_p is None else request.top_p,
         )
-        generation = Generation(len(prompt))
         # Choices differ by their seeds; the first one's is the seed that was given.
         seeds = [None if request.seed is None else _seed(request.seed + choice) for choice in range(request.n or 1)]
         samplings = [replace(sampling, seed=seed) for seed in seeds]
-        adapter, stops, top = self._models[request.model], request.stops, request.wanted_logprobs
+        lease = await self._lease(version)
+        generation = Generation(
+            len(prompt), self.base_id if version is None else version.id, lease, self._config.request_timeout_s
+        )
+        stops, top = request.stops, request.wanted_logprobs
         try:
             generation.start(
-                self._engine, [Job(adapter, tuple(prompt), max_tokens, own, stops, top) for own in samplings]
+                self._engine, [Job(lease.name, tuple(prompt), max_tokens, own, stops, top) for own in samplings]
             )
         except BusyError as error:
-            raise ApiError(
-                429,
-                f"The endpoint is busy ({error}); try again.",
-                type="rate_limit_error",
-                code="engine_busy",
-                headers={"Retry-After": str(_RETRY_AFTER_S)},
-            ) from error
+            raise _busy(str(error)) from error
         return generation
 
     def _limit(self, request: GenerationRequest, prompt_tokens: int, default: int | None, param: str) -> int:
         """How many tokens this request may produce."""
         wanted = request.wanted_tokens
-        if wanted is not None and wanted > self._max_new_tokens:
+        if wanted is not None and wanted > self._config.max_new_tokens:
             raise ApiError(
                 400,
-                f"max_tokens is {wanted}; this endpoint allows at most {self._max_new_tokens}.",
+                f"max_tokens is {wanted}; this endpoint allows at most {self._config.max_new_tokens}.",
                 param="max_tokens",
                 code="invalid_value",
             )
@@ -216,7 +284,7 @@ class Service:
                 param=param,
                 code="context_length_exceeded",
             )
-        return wanted or min(room, self._max_new_tokens, default or self._max_new_tokens)
+        return wanted or min(room, self._config.max_new_tokens, default or self._config.max_new_tokens)
 
 
 def _seed(wanted: int) -> int:
@@ -224,7 +292,39 @@ def _seed(wanted: int) -> int:
     return (wanted + 2**63) % 2**64 - 2**63
 
 
-def _build(spec: ServeSpec, paths: Mapping[str, Any]) -> PreTrainedModel:
+def _busy(reason: str) -> ApiError:
+    return ApiError(
+        429,
+        f"The endpoint is busy ({reason}); try again.",
+        type="rate_limit_error",
+        code="engine_busy",
+        headers={"Retry-After": str(_RETRY_AFTER_S)},
+    )
+
+
+def _refused(error: ServeError) -> ApiError:
+    return ApiError(422, f"This endpoint does not take that model: {error}", param="model", code="adapter_refused")
+
+
+def _saved_names(directory: Path) -> set[str]:
+    """Modules that an adapter was trained whole beside."""
+    from lowrank.adapters.peft_format import load_saved_modules, read_config
+    from lowrank.errors import AdapterError
+
+    try:
+        return set(load_saved_modules(directory) if read_config(directory).get("modules_to_save") else ())
+    except AdapterError as error:
+        raise ServeError(str(error)) from error
+
+
+def _initial(spec: ServeSpec) -> str | None:
+    """The adapter that makes the base what it was before training: of a split, and of a residual in dense weights."""
+    from lowrank.adapters.pairs import RESIDUAL
+
+    return "init" if spec.source.base == "nf4" or spec.source.adapter.init in RESIDUAL else None
+
+
+def _build(spec: ServeSpec) -> PreTrainedModel:
     import torch
 
     from cluster.model import build_adapted, build_variant, compute_dtype
@@ -232,7 +332,10 @@ def _build(spec: ServeSpec, paths: Mapping[str, Any]) -> PreTrainedModel:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = compute_dtype("auto", device)
-    model = build_adapted(spec.source, dtype, paths) if paths else build_variant(spec.source, "dense", dtype)
+    initial = _initial(spec)
+    model = (
+        build_adapted(spec.source, dtype, {initial: None}) if initial else build_variant(spec.source, "dense", dtype)
+    )
     if device == "cpu":
         unpack_if_room(model, dtype)
     return model.to(torch.device(device))

@@ -1,48 +1,90 @@
-"""Where the files of an adapter come from, as one small protocol; a registry implements it elsewhere."""
+"""Where adapters come from, as one small protocol; a registry implements it elsewhere."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from cluster.errors import ServeError
 
 
+class UnknownAdapterError(ServeError):
+    """There is no adapter of that id."""
+
+
+class ForeignAdapterError(ServeError):
+    """The adapter is for another base."""
+
+
+@dataclass(frozen=True)
+class Version:
+    """One immutable version of an adapter: what lies under an `id` never changes."""
+
+    id: str
+
+
 class AdapterSource(Protocol):
-    """Resolves model ids; injected into the service, so that `cluster` never imports a registry."""
+    """Finds adapters by model id; pickled into every replica, so that `cluster` never imports a registry."""
 
     def model_ids(self) -> tuple[str, ...]:
-        """Every model id that can be resolved, in a stable order."""
+        """Every model id that is known, in a stable order."""
         ...
 
-    def resolve(self, model_id: str) -> Path:
-        """The immutable local directory of one version of `model_id`.
-
-        A new version is a new directory: what lies under a path that was once returned never changes.
+    def resolve(self, model_id: str) -> Version:
+        """What `model_id` stands for now; does not block.
 
         Raises:
-            ServeError: there is no such model.
+            UnknownAdapterError: there is no such model.
+            ForeignAdapterError: it is for another base.
         """
         ...
 
+    def fetch(self, version: Version) -> Path:
+        """The local directory of a version; may take as long as a download.
 
+        Raises:
+            ServeError: it cannot be had.
+        """
+        ...
+
+    def watch(self, moved: Callable[[Version], None]) -> None:
+        """Follow changes from now on; `moved` is called, on any thread, with what a known id stands for anew."""
+        ...
+
+    def close(self) -> None:
+        """Stop following."""
+        ...
+
+
+@dataclass(frozen=True)
 class FixedSource:
-    """A fixed table of model ids. An id is only ever looked up in it, never made part of a path."""
+    """A fixed table of model id -> directory. An id is only ever looked up in it, never made part of a path."""
 
-    def __init__(self, adapters: Mapping[str, str]) -> None:
-        self._adapters = dict(adapters)
+    adapters: Mapping[str, str]
 
     def model_ids(self) -> tuple[str, ...]:
         """Every model id."""
-        return tuple(self._adapters)
+        return tuple(self.adapters)
 
-    def resolve(self, model_id: str) -> Path:
-        """The directory of `model_id`.
+    def resolve(self, model_id: str) -> Version:
+        """Several ids of one directory are one version, which is called by the first.
 
         Raises:
-            ServeError: it is not in the table.
+            UnknownAdapterError: it is not in the table.
         """
-        if model_id not in self._adapters:
-            raise ServeError(f"resolve adapter {model_id!r}: not known. Known are {sorted(self._adapters)}.")
-        return Path(self._adapters[model_id])
+        if model_id not in self.adapters:
+            raise UnknownAdapterError(f"resolve adapter {model_id!r}: not known. Known are {sorted(self.adapters)}.")
+        directory = self.adapters[model_id]
+        return Version(next(own for own, other in self.adapters.items() if other == directory))
+
+    def fetch(self, version: Version) -> Path:
+        """The directory."""
+        return Path(self.adapters[version.id])
+
+    def watch(self, moved: Callable[[Version], None]) -> None:
+        """Nothing ever changes."""
+
+    def close(self) -> None:
+        """Nothing is followed."""

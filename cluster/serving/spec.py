@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from cluster.model import ModelSource
+from cluster.serving.sources import AdapterSource, FixedSource
 
 
 @dataclass(frozen=True)
@@ -16,7 +19,8 @@ class ServeSpec:
         source: Where the base model's parts lie.
         base_model_id: Model id of the base: the quantized base before training (adapter `init`) over `nf4`, the
             checkpoint itself over `dense`.
-        adapters: Model id -> PEFT adapter directory, readable on every node.
+        adapters: Where adapters come from; pickled into every replica.
+        required: Model ids without which a replica does not start; the others are loaded when they are asked for.
         token_file: *Path* of the bearer token. The token itself never enters Serve's configuration, a pickle or a
             log: each replica reads the file when it starts, so on several nodes it lies on shared storage.
     """
@@ -24,7 +28,8 @@ class ServeSpec:
     app_name: str
     source: ModelSource
     base_model_id: str
-    adapters: dict[str, str] = field(default_factory=dict)
+    adapters: AdapterSource = field(default_factory=lambda: FixedSource({}))
+    required: tuple[str, ...] = ()
     token_file: str = ""
 
 
@@ -37,3 +42,8 @@ class Endpoint:
     url: str
     num_replicas: int
     model_ids: tuple[str, ...]
+
+
+def base_identity(base_facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes two bases the same for adapters, as `/v1/models` tells it."""
+    return {name: base_facts.get(name) for name in ("name", "base", "base_sha256", "split_key")}

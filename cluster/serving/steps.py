@@ -154,12 +154,14 @@ class SlotCache:
 
 
 def doubled(size: int, least: int) -> int:
+    """The first of size, 2 size, 4 size ... that is not below `least`."""
     while size < least:
         size *= 2
     return size
 
 
 def grown(held: Tensor, rows: int, columns: int) -> Tensor:
+    """(rows, heads, columns, size) with `held` at the front and zeros behind."""
     wide = held.new_zeros(rows, held.shape[1], columns, held.shape[3])
     wide[: held.shape[0], :, : held.shape[2]] = held
     return wide

@@ -100,8 +100,10 @@ def read_config(directory: Path) -> dict[str, Any]:
     """
     try:
         config: dict[str, Any] = json.loads((directory / CONFIG).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"load adapter {directory}: {CONFIG} is missing or damaged ({error}).") from error
+    if not isinstance(config, dict):
+        raise AdapterError(f"load adapter {directory}: {CONFIG} is damaged (no JSON object).")
     if family_of(config) is None:
         known = ", ".join(sorted({family.peft_type for family in FAMILIES.values()}))
         raise AdapterError(f"load adapter {directory}: peft_type {config.get('peft_type')!r}; allowed are {known}.")

@@ -65,10 +65,12 @@ def test_every_token_gets_the_pair_of_its_own(compiled: bool, m: int, n: int, ra
     if not speaking:
         return
     own = [[t for t in range(tokens) if owner[t] == pair] for pair in speaking]
+    # The first pair's tokens as runs of one, which libraries multiply.
+    parts = [([slice(t, t + 1) for t in ts], []) if at == 0 and tokens % 2 else ([], ts) for at, ts in enumerate(own)]
     with pytest.MonkeyPatch.context() as patch:
         if not compiled:
             patch.setattr(grouped, "kernel", lambda: None)
-        grouped.GroupedPairs([pairs[pair] for pair in speaking], own).add_to(y, x)
+        grouped.GroupedPairs([pairs[pair] for pair in speaking], parts).add_to(y, x)
     torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 

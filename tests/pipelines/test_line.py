@@ -21,7 +21,7 @@ from pipelines.errors import GateError, exit_code
 from pipelines.preflight import plan
 from pipelines.sources import hash_sources
 from pipelines.stages import evaluate
-from pipelines.tracking import Tracker
+from pipelines.tracking import RegistryReader
 from pipelines.workflow import stage_keys
 
 STAGES = ["shard", "decompose", "quantize", "finetune", "evaluate", "register"]
@@ -127,8 +127,10 @@ def test_the_registered_version_loads_in_stock_peft(whole_line: Any, tmp_path: P
 
     config, result = whole_line.config, whole_line.result
     registered = result.summary["registered"]
-    tracker = Tracker(tmp_path / "elsewhere", result.mlflow_uri, "rankline")
-    version = tracker.fetch(registered["name"], registered["version"])
+    reader = RegistryReader(result.mlflow_uri)
+    [listed] = [one for one in reader.versions(registered["name"]) if one.version == registered["version"]]
+    reader.download(listed.source, tmp_path)
+    version = tmp_path / "model"
     assert (version / "README.md").is_file()
     assert json.loads((version / "lineage.json").read_text())["rankline.key.finetune"] == result.stages[3].key
     keys = {stage.name: stage.key for stage in result.stages}

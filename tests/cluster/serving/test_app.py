@@ -20,6 +20,7 @@ from cluster.serving.decoding import Sampling
 from cluster.serving.engine import Job
 from cluster.serving.protocol import MAX_BODY_BYTES
 from cluster.serving.service import Service
+from cluster.serving.sources import FixedSource
 from cluster.serving.spec import ServeSpec
 from cluster.unpack import unpack_if_room
 
@@ -34,7 +35,9 @@ ROUTES = {"/v1/chat/completions": CHAT, "/v1/completions": COMPLETION}
 @pytest.fixture(scope="module")
 def service(served: tuple[ModelSource, dict[str, str]]) -> Iterator[Service]:
     source, adapters = served
-    spec = ServeSpec(app_name="test", source=source, base_model_id=BASE, adapters=adapters)
+    spec = ServeSpec(
+        app_name="test", source=source, base_model_id=BASE, adapters=FixedSource(adapters), required=tuple(adapters)
+    )
     service = Service.load(spec, ServeConfig(max_new_tokens=200, max_concurrent=4, max_waiting=0))
     yield service
     service.close()
@@ -291,7 +294,7 @@ def test_a_failed_generation(service: Service, stream: bool, monkeypatch: pytest
     def fail(*_: Any) -> Any:
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(service._engine._steps, "prefill", fail)
+    monkeypatch.setattr(service._engine._steps, "step", fail)
     response = post(service, "/v1/completions", stream=stream)
     if stream:
         assert json.loads(response.text.strip().removeprefix("data: "))["error"]["code"] == "internal_error"
@@ -316,7 +319,9 @@ def test_the_access_log_is_useful_and_tells_no_secrets(service: Service) -> None
         logger.removeHandler(handler)
         logger.setLevel(level)
     assert len(lines) == 3
-    assert lines[0].startswith("POST /v1/completions 200 model=tiny-one.v1 stream=True prompt_tokens=17 ")
+    assert lines[0].startswith(
+        "POST /v1/completions 200 model=tiny-one.v1 version=tiny-one.v1 stream=True prompt_tokens=17 "
+    )
     assert "completion_tokens=12 finish=length ms=" in lines[0]
     assert lines[1].startswith("GET /v1/models 401 ms=")
     assert not any(secret in line for line in lines for secret in (TOKEN, "private", "wrong"))

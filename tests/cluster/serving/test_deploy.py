@@ -17,7 +17,7 @@ from cluster.serving.auth import read_token
 from cluster.serving.client import smoke, wait_ready
 from cluster.serving.deploy import deploy, endpoint_url, undeploy
 from cluster.serving.service import Service
-from cluster.serving.sources import FixedSource
+from cluster.serving.sources import FixedSource, UnknownAdapterError
 from cluster.serving.spec import Endpoint, ServeSpec
 
 BASE, ONE, TWO = "tiny", "tiny-one.v1", "tiny-two"
@@ -42,7 +42,7 @@ def deployed(
 ) -> Iterator[Deployed]:
     source, adapters = served
     token_file = str(tmp_path_factory.mktemp("token") / "token")
-    spec = ServeSpec("tiny-app", source, BASE, adapters, token_file)
+    spec = ServeSpec("tiny-app", source, BASE, FixedSource(adapters), tuple(adapters), token_file)
     config = ServeConfig(port=free_port(), num_cpus=0.5, max_new_tokens=64)
     yield Deployed(spec, config, deploy(spec, config))
     assert undeploy("tiny-app")
@@ -75,7 +75,9 @@ def test_openai_client_and_redeploy(deployed: Deployed) -> None:
     stranger = OpenAI(base_url=f"{endpoint.url}/v1", api_key="wrong", max_retries=0)
     with stranger, pytest.raises(AuthenticationError):
         stranger.models.list()
-    again = deploy(replace(deployed.spec, adapters={TWO: deployed.spec.adapters[TWO]}), deployed.config)
+    assert isinstance(deployed.spec.adapters, FixedSource)
+    alone = FixedSource({TWO: deployed.spec.adapters.adapters[TWO]})
+    again = deploy(replace(deployed.spec, adapters=alone, required=(TWO,)), deployed.config)
     assert again == replace(endpoint, model_ids=(BASE, TWO))
     headers = {"Authorization": f"Bearer {token}"}
     listed = httpx.get(f"{endpoint.url}/v1/models", headers=headers, trust_env=False).json()
@@ -117,10 +119,11 @@ def test_nobody_answers() -> None:
 
 
 def test_sources_and_clashing_ids(served: tuple[ModelSource, dict[str, str]], tmp_path: Path) -> None:
-    source = FixedSource({"a": str(tmp_path)})
-    assert source.model_ids() == ("a",)
-    assert source.resolve("a") == tmp_path
-    with pytest.raises(ServeError, match="Known are"):
+    source = FixedSource({"a": str(tmp_path), "a:1": str(tmp_path)})
+    assert source.model_ids() == ("a", "a:1")
+    assert source.resolve("a") == source.resolve("a:1")
+    assert source.fetch(source.resolve("a:1")) == tmp_path
+    with pytest.raises(UnknownAdapterError, match="Known are"):
         source.resolve("../a")
     with pytest.raises(ServeError, match="both called 'a'"):
-        Service.load(ServeSpec("x", served[0], "a"), ServeConfig(), source)
+        Service.load(ServeSpec("x", served[0], "a", source), ServeConfig())

@@ -1,0 +1,318 @@
+"""The adapters that a replica holds: loaded when they are asked for, leased while they are used, the oldest evicted.
+
+A version is checked before any request sees it: plain files of bounded size, safetensors alone, for this base, of the
+model's shapes, finite. On a GPU what is evicted stays in the host's memory for as long as that has room.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import stat
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.errors import ServeError
+from cluster.serving.sources import AdapterSource, Version
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from lowrank.adapters.base import Adapter
+
+logger = logging.getLogger("ray.serve.rankline")
+
+#: Largest `adapter_config.json`, and header of `adapter_model.safetensors`.
+_MAX_CONFIG_BYTES, _MAX_HEADER_BYTES = 2**20, 2**24
+#: Seconds for which a refused version is not tried again.
+_REFUSED_S = 30.0
+_LOADERS = 2
+
+
+class RefusedError(ServeError):
+    """An adapter that this endpoint does not take; says why."""
+
+
+class FullError(ServeError):
+    """No room: everything that is held is in use."""
+
+
+@dataclass
+class _Files:
+    """An adapter in the host's memory."""
+
+    adapters: dict[str, Adapter]
+    saved: dict[str, dict[str, Tensor]]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors."""
+        tensors = [t for adapter in self.adapters.values() for t in (*adapter.parameters(), *adapter.buffers())]
+        return sum(t.nbytes for t in (*tensors, *(t for named in self.saved.values() for t in named.values())))
+
+
+@dataclass
+class _Entry:
+    name: str
+    num_bytes: int
+    leases: int = 0
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the store has done and holds; bytes are of device memory."""
+
+    resident: int
+    resident_bytes: int
+    limit_bytes: int
+    hits: int
+    misses: int
+    evictions: int
+    load_seconds: float
+
+
+@dataclass
+class Lease:
+    """The right to use an adapter by the `name` that the model's layers know (None: the bare base)."""
+
+    name: str | None
+    _release: Callable[[], None] | None = field(default=None, repr=False)
+
+    def release(self) -> None:
+        """Give it back; only the first call counts."""
+        release, self._release = self._release, None
+        if release is not None:
+            release()
+
+
+class AdapterStore:
+    """Adapters of one model by version. Every method may be called from any thread; `lease` blocks while it loads."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        source: AdapterSource,
+        base_facts: Mapping[str, Any],
+        limit_bytes: int,
+        host_bytes: int = 0,
+    ) -> None:
+        """Args:
+        model: its layers can take adapters (`lowrank.inject.make_adaptable`).
+        source: where versions come from.
+        base_facts: what an adapter's base must be, by the names that adapters record.
+        limit_bytes: of all adapters on the model's device.
+        host_bytes: of those that are kept in the host's memory when the device has no room for them.
+        """
+        self._model, self._source, self._base_facts = model, source, base_facts
+        self._limit_bytes, self._host_bytes = limit_bytes, host_bytes
+        self._on_host = model.device.type == "cpu"
+        self._names = (f"adapter{number}" for number in itertools.count())
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        self._host: OrderedDict[str, _Files] = OrderedDict()
+        self._loading: dict[str, Future[None]] = {}
+        self._refused: dict[str, tuple[float, RefusedError]] = {}
+        self._lock = threading.Lock()
+        self._reserved = 0
+        self._counted = {"hits": 0, "misses": 0, "evictions": 0}
+        self._load_seconds = 0.0
+        self._loaders = ThreadPoolExecutor(_LOADERS, "rankline-adapters")
+
+    def ask(self, version: Version, again: bool = False) -> Lease | Future[None]:
+        """A lease of a version that is there, or its load, after which it is to be asked for once more.
+
+        Args:
+            version: of an adapter.
+            again: whether this is not the first time for a request, which is counted once.
+
+        Raises:
+            RefusedError: the endpoint does not take it; the load raises it too, and `FullError` where there is no room.
+        """
+        with self._lock:
+            entry = self._entries.get(version.id)
+            if not again:
+                self._counted["hits" if entry is not None else "misses"] += 1
+            if entry is None:
+                return self._begin(version)
+            entry.leases += 1
+            self._entries.move_to_end(version.id)
+            return Lease(entry.name, lambda: self._give_back(entry))
+
+    def lease(self, version: Version) -> Lease:
+        """Use a version, which is loaded if it is not there; blocks until then.
+
+        Raises:
+            RefusedError: the endpoint does not take it.
+            FullError: no room for it now.
+        """
+        found = self.ask(version)
+        while not isinstance(found, Lease):
+            found.result()  # somebody else may evict it before we come to it: then once more
+            found = self.ask(version, again=True)
+        return found
+
+    def prefetch(self, version: Version) -> None:
+        """Begin to load a version, if it is not there; failures are logged."""
+        with self._lock:
+            if version.id in self._entries or version.id in self._loading or version.id in self._refused:
+                return
+            future = self._begin(version)
+        future.add_done_callback(_log_failure)
+
+    def counts(self) -> Counts:
+        """For the metrics page."""
+        with self._lock:
+            held = sum(entry.num_bytes for entry in self._entries.values())
+            return Counts(len(self._entries), held, self._limit_bytes, **self._counted, load_seconds=self._load_seconds)
+
+    def close(self) -> None:
+        """Stop loading."""
+        self._loaders.shutdown(wait=False, cancel_futures=True)
+
+    def _give_back(self, entry: _Entry) -> None:
+        with self._lock:
+            entry.leases -= 1
+
+    def _begin(self, version: Version) -> Future[None]:
+        """The running or a new load of a version; the lock is held."""
+        refused = self._refused.get(version.id)
+        if refused is not None:
+            if time.monotonic() < refused[0]:
+                raise refused[1]
+            del self._refused[version.id]
+        if version.id not in self._loading:
+            self._loading[version.id] = self._loaders.submit(self._load, version)
+        return self._loading[version.id]
+
+    def _load(self, version: Version) -> None:
+        began = time.monotonic()
+        try:
+            with self._lock:
+                files = self._host.pop(version.id, None)
+            files = files or self._read(version)
+            self._attach(version, files)
+        except RefusedError as error:
+            with self._lock:
+                self._refused[version.id] = time.monotonic() + _REFUSED_S, error
+            raise
+        finally:
+            with self._lock:
+                self._loading.pop(version.id, None)
+                self._load_seconds += time.monotonic() - began
+
+    def _read(self, version: Version) -> _Files:
+        from lowrank.adapters.peft_format import load_adapter, load_saved_modules
+        from lowrank.errors import AdapterError
+
+        directory = self._source.fetch(version)
+        try:
+            _check_files(directory, self._limit_bytes)
+            adapters = load_adapter(directory, self._base_facts)
+            saved = load_saved_modules(directory)
+        except (AdapterError, RefusedError) as error:
+            raise RefusedError(str(error)) from error
+        except Exception as error:  # whatever else strange files lead to
+            logger.exception("load adapter %s", version.id)
+            raise RefusedError(f"load adapter {version.id}: its files are damaged ({type(error).__name__}).") from error
+        for adapter in adapters.values():
+            adapter.eval().requires_grad_(False)
+        return _Files(adapters, saved)
+
+    def _attach(self, version: Version, files: _Files) -> None:
+        """Make room, and give the model's layers the adapter under a name that was never used before."""
+        from lowrank.errors import AdapterError
+        from lowrank.inject import Ready
+        from lowrank.resident import add_adapter
+
+        device = self._model.device
+        ready = {module: Ready.of(adapter.to(device)) for module, adapter in files.adapters.items()}
+        copies = sum(tensor.nbytes for named in files.saved.values() for tensor in named.values())
+        num_bytes = copies + sum(one.num_bytes for one in ready.values())
+        with self._lock:
+            self._make_room(num_bytes)
+            self._reserved += num_bytes
+            name = next(self._names)
+        entry = None
+        try:
+            add_adapter(self._model, name, ready, files.saved)
+            entry = _Entry(name, num_bytes)
+        except AdapterError as error:
+            raise RefusedError(f"load adapter {version.id}: {error}") from error
+        finally:
+            with self._lock:
+                self._reserved -= num_bytes
+                if entry is not None:  # only now can a request find it
+                    self._entries[version.id] = entry
+
+    def _make_room(self, num_bytes: int) -> None:
+        """Evict what was used least recently and is not in use; all or none. The lock is held."""
+        free = self._limit_bytes - self._reserved - sum(entry.num_bytes for entry in self._entries.values())
+        gone = []
+        for version_id, entry in self._entries.items():
+            if free >= num_bytes:
+                break
+            if entry.leases == 0:
+                gone.append(version_id)
+                free += entry.num_bytes
+        if free < num_bytes:
+            raise FullError(
+                f"load an adapter of {num_bytes / 2**20:.1f} MiB: {len(self._entries)} adapters are in use, and "
+                f"serve.adapter_mib allows {self._limit_bytes / 2**20:.0f} MiB."
+            )
+        for version_id in gone:
+            self._evict(version_id)
+
+    def _evict(self, version_id: str) -> None:
+        from lowrank.resident import remove_adapter
+
+        entry = self._entries.pop(version_id)
+        adapters, saved = remove_adapter(self._model, entry.name)
+        self._counted["evictions"] += 1
+        if self._on_host or entry.num_bytes > self._host_bytes:
+            return
+        for adapter in adapters.values():
+            adapter.to("cpu")
+        kept = {name: {key: t.cpu() for key, t in copy.state_dict().items()} for name, copy in saved.items()}
+        self._host[version_id] = _Files(adapters, kept)
+        while sum(files.num_bytes for files in self._host.values()) > self._host_bytes:
+            self._host.popitem(last=False)
+
+
+def _log_failure(load: Future[None]) -> None:
+    if not load.cancelled() and (error := load.exception()) is not None:
+        logger.warning("load an adapter beforehand: %s", error)
+
+
+def _check_files(directory: Path, limit_bytes: int) -> None:
+    """Refuse what is no plain file or is too large before a byte of it is parsed.
+
+    Raises:
+        RefusedError: says which file, and why.
+    """
+    from lowrank.adapters.peft_format import CONFIG, WEIGHTS
+
+    for name, most in ((CONFIG, _MAX_CONFIG_BYTES), (WEIGHTS, limit_bytes)):
+        try:
+            descriptor = os.open(directory / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError as error:
+            raise RefusedError(f"load adapter {directory.name}: {name}: {error.strerror}, or a link.") from error
+        with os.fdopen(descriptor, "rb") as handle:
+            found = os.fstat(handle.fileno())
+            if not stat.S_ISREG(found.st_mode) or found.st_size > most:
+                raise RefusedError(
+                    f"load adapter {directory.name}: {name} is no plain file of at most {most} bytes "
+                    f"({found.st_size} bytes)."
+                )
+            header = int.from_bytes(handle.read(8), "little") if name == WEIGHTS else 0
+            if header > _MAX_HEADER_BYTES:
+                raise RefusedError(
+                    f"load adapter {directory.name}: {name} says that its header has {header} bytes; allowed are "
+                    f"{_MAX_HEADER_BYTES}."
+                )

@@ -1,0 +1,94 @@
+"""Give a model that is in use another adapter, and take one away: what a server needs beside `inject`.
+
+Adding and removing change dictionaries of layers, an entry each, and never the modules themselves, so that another
+thread may run the model meanwhile, as long as it does not use the adapter in question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from torch import Tensor, nn
+
+from lowrank.adapters.base import Adapter
+from lowrank.errors import AdapterError
+from lowrank.inject import (
+    AdaptedLinear,
+    Ready,
+    SavedModule,
+    adapted_layers,
+    check_shapes,
+    replace_module,
+    saved_modules,
+)
+from lowrank.saved_modules import saved_copy
+
+
+def make_adaptable(model: nn.Module, linears: Collection[str], saved: Collection[str] = ()) -> None:
+    """Let the linear layers take adapters, and the modules `saved` copies of themselves.
+
+    Args:
+        model: with adapters, or without.
+        linears: names of layers; those inside of a module in `saved` are left out.
+        saved: names of modules.
+
+    Raises:
+        AdapterError: there is no module of a name.
+    """
+    for name in saved:
+        module = _module(model, name)
+        if not isinstance(module, SavedModule):
+            replace_module(model, name, SavedModule(module, None))
+    whole = [name for name, _ in saved_modules(model)]
+    for name in linears:
+        if any(name == own or name.startswith(f"{own}.") for own in whole):
+            continue
+        module = _module(model, name)
+        if not isinstance(module, AdaptedLinear):
+            replace_module(model, name, AdaptedLinear(module, {}, None))
+
+
+def _module(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise AdapterError(f"prepare {name!r} for adapters: the model has no such module.") from error
+
+
+def add_adapter(
+    model: nn.Module, name: str, adapters: Mapping[str, Ready], saved: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    """Give the model an adapter under a new name, all of it or nothing.
+
+    Args:
+        model: as `make_adaptable` left it.
+        name: that no adapter of the model has.
+        adapters: by module; the other layers stay bare under this name.
+        saved: modules that were trained whole: module -> name -> tensor.
+
+    Raises:
+        AdapterError: a module is not there, has another shape, or can take no copy.
+    """
+    layers, wholes = dict(adapted_layers(model)), dict(saved_modules(model))
+    for module, ready in adapters.items():
+        if module not in layers:
+            raise AdapterError(f"add adapter: the model has no linear layer {module!r}. Load it onto its own model.")
+        check_shapes(module, layers[module].base, {name: ready.adapter})
+    missing = sorted(set(saved) - set(wholes))
+    if missing:
+        raise AdapterError(
+            f"add adapter: it brings trained copies of {', '.join(missing)}, for which this model was not prepared. "
+            "Deploy the endpoint anew with this adapter among those that it starts with."
+        )
+    copies = {module: saved_copy(module, wholes[module].base, named) for module, named in saved.items()}
+    for module, made in copies.items():
+        wholes[module].copies[name] = made.requires_grad_(False).eval()
+    for module, ready in adapters.items():
+        layers[module].add(name, ready)
+
+
+def remove_adapter(model: nn.Module, name: str) -> tuple[dict[str, Adapter], dict[str, nn.Module]]:
+    """Take an adapter away: its layers and its trained copies by module; nothing where there is none."""
+    adapters = {module: layer.remove(name) for module, layer in adapted_layers(model) if name in layer.adapters}
+    held = [(module, whole) for module, whole in saved_modules(model) if name in whole.copies]
+    return adapters, {module: whole.copies.pop(name) for module, whole in held}

@@ -1,0 +1,230 @@
+"""Adapters straight from MLflow's registry, as the serving room wants them.
+
+`name` is the version that holds the pipeline's alias (the newest where nobody holds it), `name@alias` the one that
+holds that alias, `name:version` always the same. Only versions of the served base are taken. Moving an alias in MLflow
+changes what is served with the next look at the registry, a few seconds later; requests that are running stay where
+they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import random
+import re
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import ServeError
+from cluster.serving.sources import ForeignAdapterError, UnknownAdapterError, Version
+from lowrank.adapters.peft_format import CONFIG, WEIGHTS
+from pipelines.errors import TrackingError
+from pipelines.tracking import ListedModel, ListedVersion, RegistryReader
+
+logger = logging.getLogger("ray.serve.rankline")
+
+
+@dataclass(frozen=True)
+class Canary:
+    """A share (0 to 1) of the requests for a bare name goes to the version that holds `alias`, if any does."""
+
+    alias: str
+    share: float
+
+
+@dataclass(frozen=True)
+class _Table:
+    """What the registry said last."""
+
+    ids: Mapping[str, Version] = field(default_factory=dict)
+    foreign: Mapping[str, str] = field(default_factory=dict)
+    canaries: Mapping[str, Version] = field(default_factory=dict)
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+
+class RegistrySource:
+    """An `AdapterSource` over a registry; pickles as its settings, and reads the registry when it is first asked."""
+
+    def __init__(
+        self,
+        uri: str,
+        cache: Path,
+        base_facts: Mapping[str, Any],
+        alias: str,
+        canary: Canary | None = None,
+        refresh_s: float = 3.0,
+    ) -> None:
+        """Args:
+        uri: MLflow's tracking and registry URI.
+        cache: directory for copies of versions.
+        base_facts: of the served base: `base`, `base_sha256` and `split_key`.
+        alias: that a bare name stands for.
+        canary: null sends nothing elsewhere.
+        refresh_s: seconds between looks at the registry.
+        """
+        self._uri, self._cache, self._base_facts = uri, cache, dict(base_facts)
+        self._alias, self._canary, self._refresh_s = alias, canary, refresh_s
+        self._start()
+
+    def _start(self) -> None:
+        self._lock = threading.Lock()
+        self._reader: RegistryReader | None = None
+        self._versions: dict[str, tuple[int, list[ListedVersion]]] = {}
+        self._table: _Table | None = None
+        self._closed = threading.Event()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            name: getattr(self, name) for name in ("_uri", "_cache", "_base_facts", "_alias", "_canary", "_refresh_s")
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start()
+
+    def model_ids(self) -> tuple[str, ...]:
+        """Names first, then names with aliases and versions."""
+        return tuple(self._known().ids)
+
+    def resolve(self, model_id: str) -> Version:
+        """What an id stands for by the last look at the registry.
+
+        Raises:
+            ForeignAdapterError: it is an adapter for another base.
+            UnknownAdapterError: there is no such model.
+        """
+        table = self._known()
+        canary = table.canaries.get(model_id)
+        if canary is not None and self._canary is not None and random.random() < self._canary.share:
+            return canary
+        if model_id in table.ids:
+            return table.ids[model_id]
+        if model_id in table.foreign:
+            raise ForeignAdapterError(f"{model_id}: {table.foreign[model_id]}")
+        raise UnknownAdapterError(f"resolve adapter {model_id!r}: the registry has no such model for this base.")
+
+    def fetch(self, version: Version) -> Path:
+        """A copy of a version's two files; its directory is made of a hash, never of a name.
+
+        Raises:
+            ServeError: the registry or its artifacts cannot be read.
+        """
+        source = self._known().sources.get(version.id)
+        if source is None:
+            raise ServeError(f"fetch {version.id}: the registry has it no more.")
+        name = re.sub(r"[^A-Za-z0-9_-]+", "-", version.id)[:40]
+        target = (
+            self._cache / f"{name}-{hashlib.sha256(f'{self._uri} {source} {version.id}'.encode()).hexdigest()[:16]}"
+        )
+        if target.is_dir():
+            return target
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}")
+        try:
+            temporary.mkdir(parents=True)
+            for file in (CONFIG, WEIGHTS):
+                self._registry().download(f"{source.rstrip('/')}/adapter/{file}", temporary)
+            temporary.rename(target)
+        except (TrackingError, OSError) as error:
+            if not target.is_dir():  # else somebody else was first
+                raise ServeError(f"fetch {version.id}: {error}") from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return target
+
+    def watch(self, moved: Callable[[Version], None]) -> None:
+        """Look at the registry every few seconds from now on."""
+        threading.Thread(target=self._follow, args=(moved,), name="rankline-registry", daemon=True).start()
+
+    def close(self) -> None:
+        """Look no more."""
+        self._closed.set()
+
+    def _follow(self, moved: Callable[[Version], None]) -> None:
+        while not self._closed.wait(self._refresh_s):
+            before = self._table or _Table()
+            try:
+                self.refresh()
+            except TrackingError as error:
+                logger.warning("the registry cannot be read; what was known is served on: %s", error)
+                continue
+            now = self._table or _Table()
+            for model_id, version in now.ids.items():
+                if model_id in before.ids and before.ids[model_id] != version:
+                    logger.info("%s is %s now", model_id, version.id)
+                    moved(version)
+
+    def _known(self) -> _Table:
+        if self._table is None:
+            try:
+                self.refresh()
+            except TrackingError as error:
+                raise ServeError(f"read the model registry: {error}") from error
+        assert self._table is not None
+        return self._table
+
+    def _registry(self) -> RegistryReader:
+        if self._reader is None:
+            self._reader = RegistryReader(self._uri)
+        return self._reader
+
+    def refresh(self) -> None:
+        """Look at the registry now; versions are read again only of models that changed.
+
+        Raises:
+            TrackingError: it cannot be read.
+        """
+        with self._lock:
+            reader, kept = self._registry(), {}
+            models = reader.models()
+            for model in models:
+                before = self._versions.get(model.name)
+                fresh = before is not None and before[0] == model.updated_ms
+                kept[model.name] = before if before and fresh else (model.updated_ms, reader.versions(model.name))
+            self._versions = kept
+            self._table = self._tabulate(models)
+
+    def _tabulate(self, models: list[ListedModel]) -> _Table:
+        names: dict[str, Version] = {}
+        others: dict[str, Version] = {}
+        foreign: dict[str, str] = {}
+        canaries: dict[str, Version] = {}
+        sources: dict[str, str] = {}
+        for model in sorted(models, key=lambda model: model.name):
+            own: dict[str, Version] = {}
+            for listed in sorted(self._versions[model.name][1], key=lambda listed: int(listed.version)):
+                version = Version(f"{model.name}:{listed.version}")
+                reason = self._foreign(listed)
+                if reason:
+                    foreign[version.id] = reason
+                    continue
+                own[listed.version] = version
+                others[version.id], sources[version.id] = version, listed.source
+            aliases = {alias: own[held] for alias, held in model.aliases.items() if held in own}
+            others |= {f"{model.name}@{alias}": version for alias, version in aliases.items()}
+            if own:
+                names[model.name] = aliases.get(self._alias) or list(own.values())[-1]
+            elif self._versions[model.name][1]:
+                foreign[model.name] = "all its versions are for other bases."
+            if self._canary is not None and self._canary.alias in aliases:
+                canaries[model.name] = aliases[self._canary.alias]
+        return _Table({**names, **others}, foreign, canaries, sources)
+
+    def _foreign(self, listed: ListedVersion) -> str:
+        """Why a version is not for the served base; empty if it is."""
+        if listed.status != "READY":
+            return f"its registration is {listed.status}."
+        compared = {"base_sha256": "rankline.base_sha256"}
+        if self._base_facts.get("base") != "dense":
+            compared["split_key"] = "rankline.key.quantize"
+        for fact, tag in compared.items():
+            theirs, ours = listed.tags.get(tag), self._base_facts.get(fact)
+            if theirs is None:
+                return f"it has no tag {tag}: register it by `rankline run`."
+            if ours is not None and theirs != ours:
+                return f"it was trained over another base ({tag} is {theirs}, served is {ours})."
+        return ""
