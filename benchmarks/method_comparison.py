@@ -34,7 +34,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from comparison_recipe import (
     BATCH,
@@ -56,6 +56,9 @@ from comparison_recipe import (
 )
 from comparison_table import picture, table
 from harness import keep_memory, machine, versions
+
+if TYPE_CHECKING:
+    from cluster.config import FinetuneConfig
 
 RESULTS = ROOT / "benchmarks" / "results"
 TIMED_STEPS = 8
@@ -156,13 +159,12 @@ def time_steps(labels: list[str], source: str) -> dict[str, float]:
     return {label: median(found) for label, found in seconds.items()}
 
 
-def measure(label: str, seed: int, source: str, rate: float, prepared: dict[bool, Prepared]) -> dict[str, Any]:
+def measure(label: str, source: str, config: FinetuneConfig, made: Prepared) -> dict[str, Any]:
     """Train one cell in a process of its own with the pipeline's engine and loop, and score it before and after."""
     from training_ranks import Ranks, serve_ours
 
     from cluster.train_job import TrainJob
 
-    config, made = settings("cell", source, CELLS[label], seed, rate).finetune, prepared[is_split(label)]
     with TemporaryDirectory() as scratch:
         root = Path(scratch)
         where = replace(made.base, adapter=config.adapter)
@@ -177,9 +179,9 @@ def measure(label: str, seed: int, source: str, rate: float, prepared: dict[bool
             [trained], [peak] = cell.ask("parameters", label), cell.ask("peak")
     return {
         "family": label,
-        "seed": seed,
+        "seed": config.seed,
         "model": part_of(source),
-        "learning_rate": rate,
+        "learning_rate": config.learning_rate,
         "num_parameters": trained,
         "loss": after["loss"],
         "loss_at_start": before["loss"],
@@ -214,17 +216,26 @@ def compute(found: dict[str, Any], labels: list[str], source: str, seeds: list[i
             found["rates"][scans[scan]] = scan.result()
             print(f"{scans[scan]}: loss by learning rate {scan.result()}", flush=True)
             write(found, part)
+    wanted_cells = [(label, seed) for seed in seeds for label in labels if (label, seed) not in done]
+    # Settings are read here, not on the threads: Python 3.11 cannot parse source on two at a time.
+    configs = [
+        settings("cell", source, CELLS[k], seed, best_rate(found["rates"][k])).finetune for k, seed in wanted_cells
+    ]
     with ThreadPoolExecutor(2) as pool:
         cells = {
-            pool.submit(measure, k, seed, source, best_rate(found["rates"][k]), prepared): (k, seed)
-            for seed in seeds
-            for k in labels
-            if (k, seed) not in done
+            pool.submit(measure, label, source, config, prepared[is_split(label)]): (label, seed)
+            for (label, seed), config in zip(wanted_cells, configs, strict=True)
         }
         for cell in as_completed(cells):
+            if (error := cell.exception()) is not None:
+                print(f"{cells[cell]}: {error!r}", flush=True)
+                continue
             found["rows"].append(cell.result())
             print(f"{cells[cell]}: loss {cell.result()['loss']:.4f}", flush=True)
             write(found, part)
+    failed = [cells[cell] for cell in cells if cell.exception() is not None]
+    if failed:
+        sys.exit(f"failed: {failed}; the others are kept")
 
 
 def main() -> None:

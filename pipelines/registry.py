@@ -209,7 +209,8 @@ class RegistrySource:
             if own:
                 names[model.name] = aliases.get(self._alias) or list(own.values())[-1]
             elif self._versions[model.name][1]:
-                foreign[model.name] = "all its versions are for other bases."
+                newest = f"{model.name}:{self._versions[model.name][1][0].version}"
+                foreign[model.name] = f"no version of it is for this base; {newest}: {foreign[newest]}"
             if self._canary is not None and self._canary.alias in aliases:
                 canaries[model.name] = aliases[self._canary.alias]
         return _Table({**names, **others}, foreign, canaries, sources)

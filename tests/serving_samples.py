@@ -1,11 +1,17 @@
-"""A tiny Llama, its tokenizer and LoRA adapters, in memory."""
+"""A tiny Llama, its tokenizer and LoRA adapters, in memory and as the pipeline leaves them on disk."""
 
+import socket
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from cluster.artifacts import SplitSet
+from cluster.model import ModelSource
 from lowrank.adapters.lora import LoRA
+from lowrank.adapters.peft_format import save_adapter
+from lowrank.config import AdapterConfig
 
 EOS = 256
 TEMPLATE = (
@@ -50,3 +56,28 @@ def make_adapter(shapes: Mapping[str, Any], seed: int) -> dict[str, LoRA]:
         a, b = torch.randn(4, n, generator=generator) * 0.3, torch.randn(m, 4, generator=generator) * 0.3
         made[name] = LoRA(a, b, 1.0)
     return made
+
+
+def make_served(root: Path) -> ModelSource:
+    """An NF4 model as `quantize` leaves it."""
+    import tiny
+
+    source = tiny.make_tiny(root, base="nf4", seed=3)
+    tiny.make_tokenizer(source.shards / "units" / "meta", TEMPLATE)
+    # an id that is never produced: the tiny model must not end its answers by chance
+    (source.shards / "units" / "meta" / "generation_config.json").write_text('{"eos_token_id": 3}')
+    return source
+
+
+def write_served_adapter(source: ModelSource, directory: Path, seed: int) -> Path:
+    """A random adapter for `make_served`'s model, in PEFT's format."""
+    shapes = {module: split.residual.shape for module, split in SplitSet(source.splits).items() if split.residual}
+    save_adapter(directory, make_adapter(shapes, seed), AdapterConfig(r=4, lora_alpha=4.0), {})
+    return directory
+
+
+def free_port() -> int:
+    """Of this machine, now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

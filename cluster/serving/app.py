@@ -11,12 +11,15 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from cluster.serving.auth import TokenCheck
+from cluster.serving.auth import Key, Keyring
 from cluster.serving.decoding import TokenLogprob
 from cluster.serving.engine import Piece
-from cluster.serving.middleware import FACTS, AccessLog, App, Guard
+from cluster.serving.metrics import Metrics
+from cluster.serving.middleware import BEGAN, FACTS, KEY, AccessLog, App, Guard
 from cluster.serving.protocol import (
     MAX_BODY_BYTES,
     ApiError,
@@ -27,6 +30,21 @@ from cluster.serving.protocol import (
     validation_error,
 )
 from cluster.serving.service import Generation, Service
+
+#: The page and its files: path -> file and media type.
+PAGE_FILES = {
+    "/": ("index.html", "text/html; charset=utf-8"),
+    "/app.js": ("app.js", "text/javascript; charset=utf-8"),
+    "/style.css": ("style.css", "text/css; charset=utf-8"),
+    "/icon.svg": ("icon.svg", "image/svg+xml"),
+}
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
 
 
 class Answer:
@@ -116,12 +134,14 @@ def _failed(generation: Generation | None = None) -> ApiError:
 class _Progress:
     """What the access log is told of a running answer."""
 
-    def __init__(self, facts: dict[str, Any]) -> None:
-        self._facts = facts
+    def __init__(self, scope: Any) -> None:
+        self._facts, self._began = scope[FACTS], scope[BEGAN]
         self._tokens: dict[int, int] = {}
 
     def note(self, choice: int, piece: Piece) -> None:
         """Count a piece in."""
+        if not self._tokens:
+            self._facts["first_ms"] = round((time.perf_counter() - self._began) * 1000)
         self._tokens[choice] = piece.completion_tokens
         self._facts["completion_tokens"], self._facts["finish"] = self.tokens, piece.finish or "client_left"
 
@@ -131,9 +151,9 @@ class _Progress:
         return sum(self._tokens.values())
 
 
-async def _events(request: GenerationRequest, generation: Generation, facts: dict[str, Any]) -> AsyncIterator[bytes]:
+async def _events(request: GenerationRequest, generation: Generation, scope: Any) -> AsyncIterator[bytes]:
     """Server-sent events of one answer, ending with `[DONE]`."""
-    answer, progress = Answer(request, generation.version), _Progress(facts)
+    answer, progress = Answer(request, generation.version), _Progress(scope)
     extra = {"usage": None} if request.include_usage else {}
     for choice in range(request.n or 1):
         opening = answer.opening(choice)
@@ -153,9 +173,9 @@ async def _events(request: GenerationRequest, generation: Generation, facts: dic
     yield b"data: [DONE]\n\n"
 
 
-async def _collect(request: GenerationRequest, generation: Generation, facts: dict[str, Any]) -> dict[str, Any]:
+async def _collect(request: GenerationRequest, generation: Generation, scope: Any) -> dict[str, Any]:
     choices: list[list[Piece]] = [[] for _ in range(request.n or 1)]
-    progress = _Progress(facts)
+    progress = _Progress(scope)
     async for choice, piece in generation.pieces():
         choices[choice].append(piece)
         progress.note(choice, piece)
@@ -174,7 +194,7 @@ def _note_start(facts: dict[str, Any], request: GenerationRequest, generation: G
     }
 
 
-def create_app(service: Service, check: TokenCheck) -> App:
+def create_app(service: Service, keys: Keyring) -> App:
     """The whole ASGI application over one service."""
     from fastapi import FastAPI, Request
     from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -182,8 +202,8 @@ def create_app(service: Service, check: TokenCheck) -> App:
     class EventStream(StreamingResponse):
         """Frees the slot however the response ends, even if its first byte was never sent."""
 
-        def __init__(self, request: GenerationRequest, generation: Generation, facts: dict[str, Any]) -> None:
-            super().__init__(_events(request, generation, facts), media_type="text/event-stream")
+        def __init__(self, request: GenerationRequest, generation: Generation, scope: Any) -> None:
+            super().__init__(_events(request, generation, scope), media_type="text/event-stream")
             self.headers["Cache-Control"] = "no-cache"
             self._generation = generation
 
@@ -197,43 +217,60 @@ def create_app(service: Service, check: TokenCheck) -> App:
     _add_error_handlers(app)
 
     async def answer(request: GenerationRequest, generation: Generation, http: Request) -> Response:
-        facts = http.scope[FACTS]
-        _note_start(facts, request, generation)
+        _note_start(http.scope[FACTS], request, generation)
         if request.stream:
-            return EventStream(request, generation, facts)
+            return EventStream(request, generation, http.scope)
         try:
-            whole = await _unless_gone(http, _collect(request, generation, facts))
+            whole = await _unless_gone(http, _collect(request, generation, http.scope))
         finally:
             generation.cancel()
         return JSONResponse(whole)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, http: Request) -> Response:
+        _check_permission(http.scope[KEY], body.model)
         return await answer(body, await service.chat(body), http)
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, http: Request) -> Response:
+        _check_permission(http.scope[KEY], body.model)
         return await answer(body, await service.complete(body), http)
 
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": list(_models(service))}
+    async def models(http: Request) -> dict[str, Any]:
+        return {"object": "list", "data": list(_models(service, http.scope[KEY]))}
 
     @app.get("/v1/models/{model_id:path}")
-    async def model(model_id: str) -> dict[str, Any]:
+    async def model(model_id: str, http: Request) -> dict[str, Any]:
+        _check_permission(http.scope[KEY], model_id)
         return _model(service, model_id)
 
-    @app.get("/healthz")
+    metrics = Metrics(service)
+    _add_pages(app, service, metrics)
+    known = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/docs", "/openapi.json", "/metrics", *PAGE_FILES)
+    return AccessLog(Guard(app, keys, MAX_BODY_BYTES), known, metrics.observe)
+
+
+def _add_pages(app: Any, service: Service, metrics: Metrics) -> None:
+    """Metrics, health, and the page with its files."""
+    from fastapi.responses import JSONResponse, Response
+
+    async def metrics_page() -> Response:
+        page, kind = metrics.page()
+        return Response(page, media_type=kind)
+
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/readyz")
     async def readyz() -> Response:
         ready = service.healthy
         return JSONResponse({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
 
-    known = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/docs", "/openapi.json")
-    return AccessLog(Guard(app, check, MAX_BODY_BYTES), known)
+    app.add_api_route("/metrics", metrics_page, include_in_schema=False)
+    app.add_api_route("/healthz", healthz)
+    app.add_api_route("/readyz", readyz)
+    for path, (name, kind) in PAGE_FILES.items():
+        app.add_api_route(path, partial(_page_file, name, kind), include_in_schema=False)
 
 
 def _model(service: Service, model_id: str) -> dict[str, Any]:
@@ -242,10 +279,23 @@ def _model(service: Service, model_id: str) -> dict[str, Any]:
     return {"id": model_id, "object": "model", "created": service.created, "owned_by": "rankline"} | own
 
 
-def _models(service: Service) -> Iterator[dict[str, Any]]:
-    for model_id in service.model_ids:
+def _check_permission(key: Key, model_id: str) -> None:
+    """Before anything is looked up: a token learns nothing of models that are not its own."""
+    if not key.may_use(model_id):
+        message = "This token may not use that model. See /v1/models for those that it may."
+        raise ApiError(403, message, type="permission_error", param="model", code="model_not_allowed")
+
+
+def _models(service: Service, key: Key) -> Iterator[dict[str, Any]]:
+    for model_id in filter(key.may_use, service.model_ids):
         with contextlib.suppress(ApiError):  # the registry has changed since it was asked for its ids
             yield _model(service, model_id)
+
+
+async def _page_file(name: str, kind: str) -> Any:
+    from fastapi.responses import FileResponse
+
+    return FileResponse(Path(__file__).parent / "page" / name, media_type=kind, headers=_PAGE_HEADERS)
 
 
 async def _unless_gone(http: Any, work: Any) -> Any:

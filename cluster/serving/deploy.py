@@ -17,7 +17,7 @@ from typing import Any
 
 from cluster.config import ServeConfig
 from cluster.errors import PortError, ResourceError, ServeError
-from cluster.serving.auth import check_exposure, ensure_token, read_token
+from cluster.serving.auth import check_exposure, ensure_token
 from cluster.serving.client import smoke, wait_ready
 from cluster.serving.spec import Endpoint, ServeSpec
 
@@ -207,17 +207,17 @@ def _deployment(config: ServeConfig) -> Any:
         def __init__(self, spec: ServeSpec, config: ServeConfig) -> None:
             import torch
 
-            from cluster.serving.auth import TokenCheck
+            from cluster.serving.auth import Keyring, read_keys
             from cluster.serving.service import Service
 
             torch.set_num_threads(max(1, int(config.num_cpus)))
-            self.check = TokenCheck(read_token(spec.token_file))
+            self.keys = Keyring(read_keys(spec.token_file))
             self.service = Service.load(spec, config)
 
         def __serve_build_asgi_app__(self) -> Any:
             from cluster.serving.app import create_app
 
-            return create_app(self.service, self.check)
+            return create_app(self.service, self.keys)
 
         async def check_health(self) -> None:
             """Serve replaces a replica whose engine has died."""

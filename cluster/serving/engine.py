@@ -164,7 +164,12 @@ class Engine:
     @property
     def num_live(self) -> int:
         """Requests that have a slot or wait for one."""
-        return len(self._slots) + len(self._waiting)
+        return sum(self.live)
+
+    @property
+    def live(self) -> tuple[int, int]:
+        """Requests that have a slot, and those that wait for one."""
+        return len(self._slots), len(self._waiting)
 
     @property
     def capacity(self) -> int:

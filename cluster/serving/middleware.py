@@ -1,13 +1,17 @@
-"""What every request passes before a route sees it: one access-log line, the token, the size limit. Plain ASGI."""
+"""What every request passes before a route sees it: one access-log line, the token, limits of rate and size.
+
+Plain ASGI.
+"""
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any
 
-from cluster.serving.auth import TokenCheck
+from cluster.serving.auth import Keyring
 from cluster.serving.protocol import ApiError
 
 Scope = MutableMapping[str, Any]
@@ -16,8 +20,10 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-FACTS = "rankline.facts"
-OPEN_PATHS = frozenset({"/healthz", "/readyz"})
+FACTS, KEY, BEGAN = "rankline.facts", "rankline.key", "rankline.began"
+HEALTH_PATHS = frozenset({"/healthz", "/readyz"})
+#: What needs no token: health, and the page with its files, which asks for one itself.
+OPEN_PATHS = HEALTH_PATHS | {"/", "/app.js", "/style.css", "/icon.svg"}
 logger = logging.getLogger("ray.serve.rankline")
 
 
@@ -40,8 +46,11 @@ class AccessLog:
     Neither bodies, headers nor query strings are ever written, and of paths only the known ones.
     """
 
-    def __init__(self, app: App, paths: Collection[str]) -> None:
-        self._app, self._paths = app, frozenset(paths)
+    def __init__(
+        self, app: App, paths: Collection[str], observe: Callable[[str, int, float, dict[str, Any]], None]
+    ) -> None:
+        """Args: paths: known ones. observe: called with path, status, seconds and facts of every request."""
+        self._app, self._paths, self._observe = app, frozenset(paths), observe
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on, then log."""
@@ -49,8 +58,8 @@ class AccessLog:
             await self._app(scope, receive, send)
             return
         facts: dict[str, Any] = {}
-        scope[FACTS] = facts
         status, started = 499, time.perf_counter()  # nginx's number for a client that left before an answer
+        scope[FACTS], scope[BEGAN] = facts, started
 
         async def watch(message: Message) -> None:
             nonlocal status
@@ -61,18 +70,20 @@ class AccessLog:
         try:
             await self._app(scope, receive, watch)
         finally:
-            if scope["path"] not in OPEN_PATHS:
+            if scope["path"] not in HEALTH_PATHS:
                 path = scope["path"] if scope["path"] in self._paths else "(unknown)"
-                facts["ms"] = round((time.perf_counter() - started) * 1000)
+                seconds = time.perf_counter() - started
+                self._observe(path, status, seconds, facts)
+                facts["ms"] = round(seconds * 1000)
                 noted = " ".join(f"{name}={value}" for name, value in facts.items())
                 logger.info("%s %s %d %s", scope["method"], path, status, noted)
 
 
 class Guard:
-    """Lets nothing but the health routes through without the token, and no body beyond the limit."""
+    """Lets nothing but the open paths through without a token, no token beyond its rate, no body beyond the limit."""
 
-    def __init__(self, app: App, check: TokenCheck, max_body_bytes: int) -> None:
-        self._app, self._check, self._max_body_bytes = app, check, max_body_bytes
+    def __init__(self, app: App, keys: Keyring, max_body_bytes: int) -> None:
+        self._app, self._keys, self._max_body_bytes = app, keys, max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse or pass on. Anything that is not HTTP (or the server's own lifespan) is refused."""
@@ -80,9 +91,16 @@ class Guard:
             await self._app(scope, receive, send)
         elif scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
-        elif scope["path"] not in OPEN_PATHS and not self._check.allows(_header(scope, b"authorization")):
+        elif scope["path"] in OPEN_PATHS:
+            await self._limited(scope, receive, send)
+        elif (key := self._keys.find(_header(scope, b"authorization"))) is None:
             await send_error(send, _unauthorized())
         else:
+            scope[KEY], scope[FACTS]["key"] = key, key.name
+            wait_s = self._keys.wait_s(key) if scope["method"] == "POST" else 0.0
+            if wait_s > 0:
+                await send_error(send, _too_many(wait_s))
+                return
             await self._limited(scope, receive, send)
 
     async def _limited(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -112,6 +130,16 @@ class Guard:
             if len(body) > self._max_body_bytes:
                 return None
         return bytes(body)
+
+
+def _too_many(wait_s: float) -> ApiError:
+    return ApiError(
+        429,
+        "This token has sent as many requests as it may; try again later.",
+        type="rate_limit_error",
+        code="rate_limit_exceeded",
+        headers={"Retry-After": str(math.ceil(wait_s))},
+    )
 
 
 def _unauthorized() -> ApiError:

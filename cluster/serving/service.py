@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 _COMPLETION_DEFAULT_TOKENS = 16  # OpenAI's default of /v1/completions
 _RETRY_AFTER_S = 1
+#: How long a request waits for others to give an adapter's room up, and how often it looks.
+_ROOM_WAIT_S, _ROOM_POLL_S = 10.0, 0.02
 
 
 class Generation:
@@ -155,9 +157,9 @@ class Service:
         return self._engine.healthy
 
     @property
-    def num_live(self) -> int:
-        """Requests in flight."""
-        return self._engine.num_live
+    def live(self) -> tuple[int, int]:
+        """Requests that have a slot, and those that wait for one."""
+        return self._engine.live
 
     def close(self) -> None:
         """End the engine."""
@@ -182,12 +184,20 @@ class Service:
         """Use a version; waits while it is loaded, which holds nobody else up."""
         if version is None:
             return Lease(self._base)
+        give_up, again = time.monotonic() + _ROOM_WAIT_S, False
         try:
-            found = self.store.ask(version)
-            while not isinstance(found, Lease):
-                # Shielded: one client that leaves must not end the load for the others.
-                await asyncio.shield(asyncio.wrap_future(found))
-                found = self.store.ask(version, again=True)
+            while True:
+                try:
+                    found = self.store.ask(version, again)
+                    if isinstance(found, Lease):
+                        return found
+                    # Shielded: one client that leaves must not end the load for the others.
+                    await asyncio.shield(asyncio.wrap_future(found))
+                except FullError:
+                    if time.monotonic() > give_up:
+                        raise
+                    await asyncio.sleep(_ROOM_POLL_S)
+                again = True
         except RefusedError as error:
             raise _refused(error) from error
         except FullError as error:
@@ -195,7 +205,6 @@ class Service:
         except ServeError as error:
             message, wait = f"The model cannot be loaded now: {error}", {"Retry-After": str(_RETRY_AFTER_S)}
             raise ApiError(503, message, type="server_error", code="adapter_unavailable", headers=wait) from error
-        return found
 
     async def chat(self, request: ChatRequest) -> Generation:
         """Start a chat completion."""

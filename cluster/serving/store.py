@@ -121,6 +121,7 @@ class AdapterStore:
         self._refused: dict[str, tuple[float, RefusedError]] = {}
         self._lock = threading.Lock()
         self._reserved = 0
+        self._sizes: dict[str, int] = {}
         self._counted = {"hits": 0, "misses": 0, "evictions": 0}
         self._load_seconds = 0.0
         self._loaders = ThreadPoolExecutor(_LOADERS, "rankline-adapters")
@@ -133,7 +134,8 @@ class AdapterStore:
             again: whether this is not the first time for a request, which is counted once.
 
         Raises:
-            RefusedError: the endpoint does not take it; the load raises it too, and `FullError` where there is no room.
+            RefusedError: the endpoint does not take it; its load may raise it too.
+            FullError: no room for it now; its load may raise it too.
         """
         with self._lock:
             entry = self._entries.get(version.id)
@@ -187,6 +189,8 @@ class AdapterStore:
             if time.monotonic() < refused[0]:
                 raise refused[1]
             del self._refused[version.id]
+        if version.id in self._sizes:
+            self._leaving(self._sizes[version.id])  # raises before anything is read
         if version.id not in self._loading:
             self._loading[version.id] = self._loaders.submit(self._load, version)
         return self._loading[version.id]
@@ -236,7 +240,9 @@ class AdapterStore:
         copies = sum(tensor.nbytes for named in files.saved.values() for tensor in named.values())
         num_bytes = copies + sum(one.num_bytes for one in ready.values())
         with self._lock:
-            self._make_room(num_bytes)
+            self._sizes[version.id] = num_bytes
+            for gone in self._leaving(num_bytes):
+                self._evict(gone)
             self._reserved += num_bytes
             name = next(self._names)
         entry = None
@@ -251,8 +257,12 @@ class AdapterStore:
                 if entry is not None:  # only now can a request find it
                     self._entries[version.id] = entry
 
-    def _make_room(self, num_bytes: int) -> None:
-        """Evict what was used least recently and is not in use; all or none. The lock is held."""
+    def _leaving(self, num_bytes: int) -> list[str]:
+        """What must go to make room: used least recently and not in use. The lock is held.
+
+        Raises:
+            FullError: that is not enough.
+        """
         free = self._limit_bytes - self._reserved - sum(entry.num_bytes for entry in self._entries.values())
         gone = []
         for version_id, entry in self._entries.items():
@@ -266,8 +276,7 @@ class AdapterStore:
                 f"load an adapter of {num_bytes / 2**20:.1f} MiB: {len(self._entries)} adapters are in use, and "
                 f"serve.adapter_mib allows {self._limit_bytes / 2**20:.0f} MiB."
             )
-        for version_id in gone:
-            self._evict(version_id)
+        return gone
 
     def _evict(self, version_id: str) -> None:
         from lowrank.resident import remove_adapter

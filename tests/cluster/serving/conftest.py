@@ -5,12 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving_samples import TEMPLATE, make_adapter, make_model, make_tokenizer
+from serving_samples import make_adapter, make_model, make_served, make_tokenizer, write_served_adapter
 
-from cluster.artifacts import SplitSet
 from cluster.model import ModelSource
-from lowrank.adapters.peft_format import save_adapter
-from lowrank.config import AdapterConfig
 from lowrank.inject import inject
 
 BASE, ONE, TWO = "tiny", "tiny-one.v1", "tiny-two"
@@ -35,20 +32,10 @@ def adapted() -> Any:
 @pytest.fixture(scope="session")
 def served(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelSource, dict[str, str]]:
     """An NF4 model as `quantize` leaves it, and two adapter directories in PEFT's format."""
-    from tiny import make_tiny, make_tokenizer
-
     root: Path = tmp_path_factory.mktemp("served")
-    source = make_tiny(root / "base", base="nf4", seed=3)
-    make_tokenizer(source.shards / "units" / "meta", TEMPLATE)
-    # an id that is never produced: the tiny model must not end its answers by chance
-    (source.shards / "units" / "meta" / "generation_config.json").write_text('{"eos_token_id": 3}')
-    config = AdapterConfig(r=4, lora_alpha=4.0)
-    adapters = {}
-    for seed, model_id in enumerate((ONE, TWO), start=1):
-        shapes = {module: split.residual.shape for module, split in SplitSet(source.splits).items()}
-        save_adapter(root / model_id, make_adapter(shapes, seed), config, {})
-        adapters[model_id] = str(root / model_id)
-    return source, adapters
+    source = make_served(root / "base")
+    ids = enumerate((ONE, TWO), start=1)
+    return source, {model_id: str(write_served_adapter(source, root / model_id, seed)) for seed, model_id in ids}
 
 
 @pytest.fixture

@@ -11,11 +11,12 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from serving_http import BASE, BEARER, CHAT, COMPLETION, ONE, OWN, ROUTES, TOKEN, TWO, assert_error, call, events, post
 
 from cluster.config import ServeConfig
 from cluster.model import ModelSource, build_adapted
 from cluster.serving.app import create_app
-from cluster.serving.auth import TokenCheck
+from cluster.serving.auth import Keyring
 from cluster.serving.decoding import Sampling
 from cluster.serving.engine import Job
 from cluster.serving.protocol import MAX_BODY_BYTES
@@ -23,13 +24,6 @@ from cluster.serving.service import Service
 from cluster.serving.sources import FixedSource
 from cluster.serving.spec import ServeSpec
 from cluster.unpack import unpack_if_room
-
-BASE, ONE, TWO = "tiny", "tiny-one.v1", "tiny-two"
-TOKEN = "the-token"
-BEARER = {"Authorization": f"Bearer {TOKEN}"}
-CHAT = {"model": ONE, "messages": [{"role": "user", "content": "hello"}], "temperature": 0, "max_tokens": 12}
-COMPLETION = {"model": ONE, "prompt": "hello", "temperature": 0, "max_tokens": 12}
-ROUTES = {"/v1/chat/completions": CHAT, "/v1/completions": COMPLETION}
 
 
 @pytest.fixture(scope="module")
@@ -43,41 +37,13 @@ def service(served: tuple[ModelSource, dict[str, str]]) -> Iterator[Service]:
     service.close()
 
 
-def call(service: Service, method: str, path: str, headers: Any = BEARER, **options: Any) -> httpx.Response:
-    async def once() -> httpx.Response:
-        transport = httpx.ASGITransport(create_app(service, TokenCheck(TOKEN)), raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            return await client.request(method, path, headers=headers, **options)
-
-    return asyncio.run(once())
-
-
-def post(service: Service, path: str, **changes: Any) -> httpx.Response:
-    return call(service, "POST", path, json=ROUTES[path] | changes)
-
-
-def assert_error(response: httpx.Response, status: int, code: str | None = None) -> dict[str, Any]:
-    assert response.status_code == status, response.text
-    assert set(response.json()) == {"error"}
-    error: dict[str, Any] = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert code is None or error["code"] == code
-    return error
-
-
-def events(response: httpx.Response) -> list[dict[str, Any]]:
-    assert response.headers["content-type"].startswith("text/event-stream")
-    blocks = response.text.split("\n\n")
-    assert blocks[-2:] == ["data: [DONE]", ""]
-    return [json.loads(block.removeprefix("data: ")) for block in blocks[:-2]]
-
-
 @pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": TOKEN}])
 @pytest.mark.parametrize(
     ("method", "path"),
     [("GET", "/v1/models"), ("GET", f"/v1/models/{ONE}"), ("POST", "/v1/chat/completions"), ("POST", "/v1/completions"),
-     ("GET", "/docs"), ("GET", "/openapi.json"), ("GET", "/"), ("GET", "/nowhere"), ("GET", "/healthz/"),
-     ("GET", "//healthz"), ("OPTIONS", "/v1/models")],
+     ("GET", "/docs"), ("GET", "/openapi.json"), ("GET", "/metrics"), ("GET", "/page/app.js"), ("GET", "/nowhere"),
+     ("GET", "/healthz/"),
+     ("GET", "http://test//healthz"), ("OPTIONS", "/v1/models")],
 )  # fmt: skip
 def test_everything_needs_the_token(service: Service, method: str, path: str, headers: dict[str, str]) -> None:
     response = call(service, method, path, headers)
@@ -264,9 +230,9 @@ def test_busy_is_429_with_retry_after(service: Service) -> None:
 
 def drained(service: Service) -> None:
     deadline = time.monotonic() + 10
-    while service.num_live and time.monotonic() < deadline:
+    while sum(service.live) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert service.num_live == 0
+    assert sum(service.live) == 0
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -284,7 +250,7 @@ def test_a_client_that_leaves_frees_its_slot(service: Service, stream: bool) -> 
     async def send(message: Any) -> None:
         sent.append(message)
 
-    asyncio.run(create_app(service, TokenCheck(TOKEN))(scope, receive, send))
+    asyncio.run(create_app(service, Keyring(OWN))(scope, receive, send))
     drained(service)
     assert b"[DONE]" not in b"".join(message.get("body", b"") for message in sent)
 
@@ -320,7 +286,7 @@ def test_the_access_log_is_useful_and_tells_no_secrets(service: Service) -> None
         logger.setLevel(level)
     assert len(lines) == 3
     assert lines[0].startswith(
-        "POST /v1/completions 200 model=tiny-one.v1 version=tiny-one.v1 stream=True prompt_tokens=17 "
+        "POST /v1/completions 200 key=own model=tiny-one.v1 version=tiny-one.v1 stream=True prompt_tokens=17 "
     )
     assert "completion_tokens=12 finish=length ms=" in lines[0]
     assert lines[1].startswith("GET /v1/models 401 ms=")

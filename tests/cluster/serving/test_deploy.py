@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+from serving_samples import free_port
 
 from cluster.config import ServeConfig
 from cluster.errors import PortError, ResourceError, ServeError
@@ -21,12 +22,6 @@ from cluster.serving.sources import FixedSource, UnknownAdapterError
 from cluster.serving.spec import Endpoint, ServeSpec
 
 BASE, ONE, TWO = "tiny", "tiny-one.v1", "tiny-two"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass(frozen=True)
