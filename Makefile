@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help setup demo gsm8k test test-all lint bench bench-decompositions bench-adapters bench-serving compare clean
+.PHONY: help setup demo gsm8k test test-all soak lint bench bench-decompositions bench-adapters bench-serving compare clean
 
 help:  ## show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -53,6 +53,10 @@ test: $(STAMP)  ## the test suite without its slow part
 
 test-all: $(STAMP)  ## the whole test suite
 	$(BIN)/python -m pytest
+
+soak: $(STAMP)  ## the fault tests of serving, twenty times as long
+	RANKLINE_SOAK=20 $(BIN)/python -m pytest -s --timeout 3600 tests/pipelines/test_serving_faults.py \
+	  tests/cluster/serving/test_fuzz.py
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -147,7 +147,9 @@ class ServeConfig:
     port: Annotated[int, Interval(ge=1, le=65535), EXECUTION] = 8000
     """HTTP port."""
     num_replicas: Annotated[int, Ge(1), EXECUTION] = 1
-    """Replicas of the engine."""
+    """Replicas of the engine; the fewest of them where `max_replicas` is set."""
+    max_replicas: Annotated[int, Ge(1), EXECUTION] | None = None
+    """Serve starts replicas, up to so many, while each has more than `max_concurrent` requests; null starts none."""
     num_cpus: Annotated[float, Gt(0), EXECUTION] = 1.0
     """Logical CPUs of a replica."""
     token_file: Annotated[str | None, EXECUTION] = None

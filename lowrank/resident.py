@@ -55,40 +55,44 @@ def _module(model: nn.Module, name: str) -> nn.Module:
         raise AdapterError(f"prepare {name!r} for adapters: the model has no such module.") from error
 
 
-def add_adapter(
-    model: nn.Module, name: str, adapters: Mapping[str, Ready], saved: Mapping[str, Mapping[str, Tensor]]
-) -> None:
-    """Give the model an adapter under a new name, all of it or nothing.
+class Residents:
+    """The adapters of a model in use: adds and removes them by name."""
 
-    Args:
-        model: as `make_adaptable` left it.
-        name: that no adapter of the model has.
-        adapters: by module; the other layers stay bare under this name.
-        saved: modules that were trained whole: module -> name -> tensor.
+    def __init__(self, model: nn.Module) -> None:
+        """Args: model: as `make_adaptable` left it."""
+        self._layers, self._wholes = dict(adapted_layers(model)), dict(saved_modules(model))
 
-    Raises:
-        AdapterError: a module is not there, has another shape, or can take no copy.
-    """
-    layers, wholes = dict(adapted_layers(model)), dict(saved_modules(model))
-    for module, ready in adapters.items():
-        if module not in layers:
-            raise AdapterError(f"add adapter: the model has no linear layer {module!r}. Load it onto its own model.")
-        check_shapes(module, layers[module].base, {name: ready.adapter})
-    missing = sorted(set(saved) - set(wholes))
-    if missing:
-        raise AdapterError(
-            f"add adapter: it brings trained copies of {', '.join(missing)}, for which this model was not prepared. "
-            "Deploy the endpoint anew with this adapter among those that it starts with."
-        )
-    copies = {module: saved_copy(module, wholes[module].base, named) for module, named in saved.items()}
-    for module, made in copies.items():
-        wholes[module].copies[name] = made.requires_grad_(False).eval()
-    for module, ready in adapters.items():
-        layers[module].add(name, ready)
+    def add(self, name: str, adapters: Mapping[str, Ready], saved: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Give the model an adapter under a new name, all of it or nothing.
 
+        Args:
+            name: that no adapter of the model has.
+            adapters: by module; the other layers stay bare under this name.
+            saved: modules that were trained whole: module -> name -> tensor.
 
-def remove_adapter(model: nn.Module, name: str) -> tuple[dict[str, Adapter], dict[str, nn.Module]]:
-    """Take an adapter away: its layers and its trained copies by module; nothing where there is none."""
-    adapters = {module: layer.remove(name) for module, layer in adapted_layers(model) if name in layer.adapters}
-    held = [(module, whole) for module, whole in saved_modules(model) if name in whole.copies]
-    return adapters, {module: whole.copies.pop(name) for module, whole in held}
+        Raises:
+            AdapterError: a module is not there, has another shape, or can take no copy.
+        """
+        for module, ready in adapters.items():
+            if module not in self._layers:
+                raise AdapterError(
+                    f"add adapter: the model has no linear layer {module!r}. Load it onto its own model."
+                )
+            check_shapes(module, self._layers[module].base, {name: ready.adapter})
+        missing = sorted(set(saved) - set(self._wholes))
+        if missing:
+            raise AdapterError(
+                f"add adapter: it brings trained copies of {', '.join(missing)}, for which this model was not "
+                "prepared. Deploy the endpoint anew with this adapter among those that it starts with."
+            )
+        copies = {module: saved_copy(module, self._wholes[module].base, named) for module, named in saved.items()}
+        for module, made in copies.items():
+            self._wholes[module].copies[name] = made.requires_grad_(False).eval()
+        for module, ready in adapters.items():
+            self._layers[module].add(name, ready)
+
+    def remove(self, name: str) -> tuple[dict[str, Adapter], dict[str, nn.Module]]:
+        """Take an adapter away: its layers and its trained copies by module; nothing where there is none."""
+        adapters = {module: layer.remove(name) for module, layer in self._layers.items() if name in layer.adapters}
+        held = [(module, whole) for module, whole in self._wholes.items() if name in whole.copies]
+        return adapters, {module: whole.copies.pop(name) for module, whole in held}

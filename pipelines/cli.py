@@ -30,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     _add_pipeline_commands(commands)
     _add_store_commands(commands)
+    _add_chat(commands)
     _add_spectrum(commands)
     _add_export(commands)
     return parser
@@ -83,8 +84,26 @@ def _add_store_commands(commands: argparse._SubParsersAction[argparse.ArgumentPa
             command.add_argument("run", nargs="?" if name == "status" else None, help="name of the run")
         if name != "methods":
             command.add_argument("--store", default="runs", help="directory of the store (default: runs)")
+        if name == "serve":
+            command.add_argument(
+                "--build",
+                metavar="FILE",
+                help="write a configuration for `serve deploy` and RayService, deploy nothing",
+            )
         if name == "ui":
             command.add_argument("--port", type=int, default=5000, help="port on loopback (default: 5000)")
+
+
+def _add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = _command(commands, "chat", "talk to the endpoint in the terminal, or answer one message")
+    command.add_argument("model", nargs="?", help="model id (default: the first adapter of the endpoint, or its base)")
+    command.add_argument("-m", "--message", metavar="TEXT", help="print the answer to this and exit")
+    command.add_argument("--system", metavar="TEXT", help="system message")
+    command.add_argument("--max-tokens", type=int, metavar="N", help="tokens of an answer (default: the endpoint's)")
+    command.add_argument("--temperature", type=float, metavar="T", help="0 to 2, 0 is greedy (default: the endpoint's)")
+    command.add_argument("--url", help="endpoint, http://HOST:PORT (default: that of the store's newest run)")
+    command.add_argument("--token-file", metavar="FILE", help="file with its token (default: as the run recorded it)")
+    command.add_argument("--store", default="runs", help="directory of the store (default: runs)")
 
 
 def _add_spectrum(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

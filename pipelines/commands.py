@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from argparse import Namespace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +95,14 @@ def status(arguments: Namespace) -> int:
 
 
 def serve(arguments: Namespace) -> int:
-    """`rankline serve RUN`: deploy the registered version of a finished run."""
+    """`rankline serve RUN`: deploy the registered version of a finished run, or write what others deploy it by."""
     from pipelines import endpoint, show
-    from pipelines.workflow import redeploy
+    from pipelines.serve_app import redeploy, serve_yaml
 
+    if arguments.build:
+        Path(arguments.build).write_text(serve_yaml(Path(arguments.store).resolve(), arguments.run))
+        _json({"written": arguments.build}) if arguments.json else print(f"written: {arguments.build}")
+        return DONE
     deployed, name = redeploy(Path(arguments.store).resolve(), arguments.run)
     if arguments.json:
         _json(deployed)
@@ -130,6 +135,24 @@ def ui(arguments: Namespace) -> int:
         sys.stdout.flush()
 
     return mlflow_ui.serve(Path(arguments.store).resolve(), arguments.port, ready)
+
+
+def chat(arguments: Namespace) -> int:
+    """`rankline chat [MODEL]`: one answer to `-m` or to stdin, else a conversation."""
+    from pipelines import chat as chats
+    from pipelines.chat_client import find
+
+    options = chats.check_options(arguments.max_tokens, arguments.temperature)
+    message = chats.find_message(arguments.message, arguments.json)
+    client = find(Path(arguments.store).resolve(), arguments.url, arguments.token_file)
+    talk = chats.Chat(client, client.choose(arguments.model), arguments.system, options)
+    if message is None:
+        talk.converse(chats.terminal_lines())
+        return DONE
+    answer = talk.once(message, quiet=arguments.json)
+    if arguments.json:
+        _json(asdict(answer) | {"tokens_per_s": answer.tokens_per_s})
+    return DONE
 
 
 def methods(arguments: Namespace) -> int:

@@ -37,7 +37,7 @@ def registry_source(config: PipelineConfig, store: Store, base_facts: Mapping[st
 
 
 def serve_spec(
-    config: PipelineConfig, store: Store, keys: dict[str, str], registered: dict[str, Any], tracker: Tracker
+    config: PipelineConfig, store: Store, keys: Mapping[str, str], registered: Mapping[str, Any], uri: str
 ) -> ServeSpec:
     """What to serve: the base, and every adapter of the registry that belongs to it, this run's without fail."""
     source = model_source(config, store, keys)
@@ -45,7 +45,7 @@ def serve_spec(
         app_name=f"rankline-{config.name}",
         source=source,
         base_model_id=BASE_ID,
-        adapters=registry_source(config, store, source.base_facts, tracker.uri),
+        adapters=registry_source(config, store, source.base_facts, uri),
         required=(version_id(registered),),
         token_file=str(token_file(config, store.root)),
     )
@@ -63,7 +63,7 @@ def deploy_endpoint(
     from cluster.serving.deploy import Endpoint, deploy, smoke
 
     began = time.time()
-    spec = serve_spec(config, store, keys, registered, tracker)
+    spec = serve_spec(config, store, keys, registered, tracker.uri)
     token = ensure_token(spec.token_file)
     url = f"http://{config.serve.host}:{config.serve.port}"
     cached = _serves(url, token, spec)

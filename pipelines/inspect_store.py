@@ -25,7 +25,7 @@ def status(root: Path, run: str | None) -> dict[str, Any]:
     from cluster import session
 
     store = Store(root)
-    names = [path.parent.name for path in sorted(root.glob("[!_]*/run.json"))]
+    names = run_names(root)
     if run is not None and run not in names:
         raise ConfigError(f"status {run!r}: no such run in {root}. Runs there: {', '.join(names) or 'none'}.")
     records = [_run(store, name) for name in names if run in (None, name)]
@@ -33,6 +33,11 @@ def status(root: Path, run: str | None) -> dict[str, Any]:
     cluster = {k: v for k, v in asdict(head).items() if k in ("address", "dashboard_url", "num_cpus")} if head else None
     endpoints = [_endpoint(record["endpoint"]) for record in records if record.get("endpoint")]
     return {"store": str(root), "runs": records, "cluster": cluster, "endpoints": endpoints}
+
+
+def run_names(root: Path) -> list[str]:
+    """Names of a store's runs."""
+    return [path.parent.name for path in sorted(root.glob("[!_]*/run.json"))]
 
 
 def _run(store: Store, name: str) -> dict[str, Any]:

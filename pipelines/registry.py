@@ -22,7 +22,6 @@ from typing import Any
 
 from cluster.errors import ServeError
 from cluster.serving.sources import ForeignAdapterError, UnknownAdapterError, Version
-from lowrank.adapters.peft_format import CONFIG, WEIGHTS
 from pipelines.errors import TrackingError
 from pipelines.tracking import ListedModel, ListedVersion, RegistryReader
 
@@ -114,6 +113,8 @@ class RegistrySource:
         Raises:
             ServeError: the registry or its artifacts cannot be read.
         """
+        from lowrank.adapters.peft_format import CONFIG, WEIGHTS
+
         source = self._known().sources.get(version.id)
         if source is None:
             raise ServeError(f"fetch {version.id}: the registry has it no more.")

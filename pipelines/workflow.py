@@ -21,7 +21,7 @@ from typing import Any
 from cluster.durable import UnitStore, canonical, peak_rss_bytes, sha256_bytes, write_atomic, write_json
 from pipelines.artifacts import Manifest, Store, stage_key
 from pipelines.config import PipelineConfig, to_dict
-from pipelines.errors import ConfigError, GateError, Interrupted, PipelineError
+from pipelines.errors import GateError, Interrupted, PipelineError
 from pipelines.lease import lease
 from pipelines.progress import ProgressBoard, StageProgress, hms
 from pipelines.sources import Sources, hash_sources
@@ -332,29 +332,6 @@ def _absolute(source: str | None) -> str | None:
     if source is None or ":" in source:
         return source
     return str(Path(source).expanduser().absolute())
-
-
-def redeploy(root: Path, name: str) -> tuple[dict[str, Any], str]:
-    """Deploy the registered version of a finished run again; returns the endpoint and the model's name.
-
-    Raises:
-        ConfigError: there is no such run, or it has registered nothing yet.
-    """
-    from pipelines.config import parse, read_yaml
-    from pipelines.endpoint import deploy_endpoint
-    from pipelines.session import open_cluster
-
-    store = Store(root)
-    record = read_record(store.run_dir(name))
-    manifest = store.read_manifest("register", record["keys"]["register"]) if record else None
-    if manifest is None:
-        raise ConfigError(f"serve {name!r}: no finished run of that name in {root}. `rankline status` lists the runs.")
-    config = parse(read_yaml(store.run_dir(name) / "pipeline.yaml"))
-    open_cluster(config, root)
-    tracker = Tracker(root, config.register.tracking_uri, config.register.experiment)
-    endpoint = deploy_endpoint(config, store, record["keys"], manifest.facts, tracker)
-    write_json(store.run_dir(name) / "run.json", record | {"endpoint": endpoint, "updated": time.time()})
-    return endpoint, manifest.facts["name"]
 
 
 def read_record(directory: Path) -> dict[str, Any]:

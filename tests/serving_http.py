@@ -1,7 +1,11 @@
-"""Requests to the app over a service, without Ray."""
+"""Requests to the app over a service, without Ray: in process, or over HTTP."""
 
 import asyncio
+import contextlib
 import json
+import threading
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -48,3 +52,23 @@ def events(response: httpx.Response) -> list[dict[str, Any]]:
     blocks = response.text.split("\n\n")
     assert blocks[-2:] == ["data: [DONE]", ""]
     return [json.loads(block.removeprefix("data: ")) for block in blocks[:-2]]
+
+
+@contextlib.contextmanager
+def listening(app: Any) -> Iterator[str]:
+    """The URL of an app on a free port of loopback."""
+    import uvicorn
+
+    config = uvicorn.Config(app, port=0, lifespan="off", ws="none", log_config=None, timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        deadline = time.monotonic() + 30
+        while not server.started:
+            assert time.monotonic() < deadline, "the server does not start"
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()

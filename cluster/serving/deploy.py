@@ -159,7 +159,7 @@ def _run(spec: ServeSpec, config: ServeConfig, timeout_s: float) -> None:
     from ray import serve
     from ray.serve.exceptions import RayServeException
 
-    app = _deployment(config).bind(spec, config)
+    app = application(spec, config)
     target = serve.RunTarget(target=app, name=spec.app_name, route_prefix=ROUTE_PREFIX)
     try:
         serve.run_many([target], wait_for_applications_running=False)
@@ -188,18 +188,27 @@ def _reason(overview: Any) -> str:
     return longest[-2000:]
 
 
-def _deployment(config: ServeConfig) -> Any:
-    """The Serve deployment; made here so that importing this module needs no Ray."""
+def deployment_options(config: ServeConfig) -> dict[str, Any]:
+    """What Serve is told of the replicas, as `serve.deployment` and a `serve.yaml` take it."""
+    if config.max_replicas is None:
+        scaling: dict[str, Any] = {"num_replicas": config.num_replicas}
+    else:
+        limits = {"min_replicas": config.num_replicas, "max_replicas": config.max_replicas}
+        scaling = {"autoscaling_config": limits | {"target_ongoing_requests": config.max_concurrent}}
+    return scaling | {
+        "name": "rankline",
+        "max_ongoing_requests": config.max_concurrent + config.max_waiting + _SPARE_REQUESTS,
+        "max_queued_requests": _MAX_QUEUED,
+        "ray_actor_options": {"num_cpus": config.num_cpus},
+        "logging_config": {"enable_access_log": False},
+    }
+
+
+def application(spec: ServeSpec, config: ServeConfig) -> Any:
+    """The Serve application; made here so that importing this module needs no Ray."""
     from ray import serve
 
-    @serve.deployment(
-        name="rankline",
-        num_replicas=config.num_replicas,
-        max_ongoing_requests=config.max_concurrent + config.max_waiting + _SPARE_REQUESTS,
-        max_queued_requests=_MAX_QUEUED,
-        ray_actor_options={"num_cpus": config.num_cpus},
-        logging_config={"enable_access_log": False},
-    )
+    @serve.deployment(**deployment_options(config))
     @serve.ingress()
     class Replica:
         """One engine with its routes; the app is built after the model, so a replica is ready when it is there."""
@@ -224,4 +233,5 @@ def _deployment(config: ServeConfig) -> Any:
             if not self.service.healthy:
                 raise RuntimeError("the engine's worker thread has ended")
 
-    return Replica
+    deployment: Any = Replica
+    return deployment.bind(spec, config)

@@ -111,7 +111,10 @@ class AdapterStore:
         limit_bytes: of all adapters on the model's device.
         host_bytes: of those that are kept in the host's memory when the device has no room for them.
         """
+        from lowrank.resident import Residents
+
         self._model, self._source, self._base_facts = model, source, base_facts
+        self._residents = Residents(model)
         self._limit_bytes, self._host_bytes = limit_bytes, host_bytes
         self._on_host = model.device.type == "cpu"
         self._names = (f"adapter{number}" for number in itertools.count())
@@ -212,14 +215,14 @@ class AdapterStore:
                 self._load_seconds += time.monotonic() - began
 
     def _read(self, version: Version) -> _Files:
-        from lowrank.adapters.peft_format import load_adapter, load_saved_modules
+        from lowrank.adapters.peft_format import load_adapter, load_saved_modules, read_config
         from lowrank.errors import AdapterError
 
         directory = self._source.fetch(version)
         try:
             _check_files(directory, self._limit_bytes)
             adapters = load_adapter(directory, self._base_facts)
-            saved = load_saved_modules(directory)
+            saved = load_saved_modules(directory) if read_config(directory).get("modules_to_save") else {}
         except (AdapterError, RefusedError) as error:
             raise RefusedError(str(error)) from error
         except Exception as error:  # whatever else strange files lead to
@@ -233,10 +236,10 @@ class AdapterStore:
         """Make room, and give the model's layers the adapter under a name that was never used before."""
         from lowrank.errors import AdapterError
         from lowrank.inject import Ready
-        from lowrank.resident import add_adapter
 
         device = self._model.device
-        ready = {module: Ready.of(adapter.to(device)) for module, adapter in files.adapters.items()}
+        moved = files.adapters if self._on_host else {n: adapter.to(device) for n, adapter in files.adapters.items()}
+        ready = {module: Ready.of(adapter) for module, adapter in moved.items()}
         copies = sum(tensor.nbytes for named in files.saved.values() for tensor in named.values())
         num_bytes = copies + sum(one.num_bytes for one in ready.values())
         with self._lock:
@@ -247,7 +250,7 @@ class AdapterStore:
             name = next(self._names)
         entry = None
         try:
-            add_adapter(self._model, name, ready, files.saved)
+            self._residents.add(name, ready, files.saved)
             entry = _Entry(name, num_bytes)
         except AdapterError as error:
             raise RefusedError(f"load adapter {version.id}: {error}") from error
@@ -279,10 +282,8 @@ class AdapterStore:
         return gone
 
     def _evict(self, version_id: str) -> None:
-        from lowrank.resident import remove_adapter
-
         entry = self._entries.pop(version_id)
-        adapters, saved = remove_adapter(self._model, entry.name)
+        adapters, saved = self._residents.remove(entry.name)
         self._counted["evictions"] += 1
         if self._on_host or entry.num_bytes > self._host_bytes:
             return

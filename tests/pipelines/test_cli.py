@@ -24,7 +24,7 @@ from pipelines.config import parse
 from pipelines.sources import hash_sources
 from pipelines.tracking import Tracker
 
-COMMANDS = ("plan", "run", "submit", "status", "resume", "serve", "stop", "ui", "methods", "doctor")
+COMMANDS = ("plan", "run", "submit", "status", "resume", "serve", "stop", "ui", "chat", "methods", "doctor")
 STAGES = ["shard", "decompose", "quantize", "finetune", "evaluate", "register"]
 
 

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
@@ -13,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from serving_http import listening
 
 from cluster.config import ServeConfig
 from cluster.model import ModelSource
@@ -191,18 +191,8 @@ def service(served: tuple[ModelSource, dict[str, str]]) -> Iterator[Service]:
 @pytest.fixture(scope="module")
 def url(service: Service) -> Iterator[str]:
     """The real application on a free port of loopback."""
-    import uvicorn
-
-    target = app.create_app(service, Keyring([Key("own", TOKEN)]))
-    server = uvicorn.Server(uvicorn.Config(target, port=0, lifespan="off", ws="none", log_config=None))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        wait(lambda: server.started, lambda: "the server does not start")
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
-    finally:
-        server.should_exit = True
-        thread.join()
+    with listening(app.create_app(service, Keyring([Key("own", TOKEN)]))) as found:
+        yield f"{found}/"
 
 
 def connect(tab: Tab, token: str = TOKEN) -> None:

@@ -1,0 +1,96 @@
+"""The endpoint of a finished run again: by us, or by Ray Serve's own tools (`serve deploy serve.yaml`, RayService).
+
+`rankline serve RUN --build serve.yaml` writes the file. It names the store and the run; `build` reads them on the
+cluster, where the store must lie under the same path.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from cluster.durable import write_json
+from cluster.serving.auth import check_exposure, ensure_token
+from cluster.serving.deploy import ROUTE_PREFIX, application, deployment_options
+from pipelines.artifacts import Store
+from pipelines.config import PipelineConfig, parse, read_yaml
+from pipelines.endpoint import deploy_endpoint, serve_spec
+from pipelines.errors import ConfigError
+from pipelines.session import open_cluster
+from pipelines.tracking import Tracker, default_uri
+from pipelines.workflow import read_record
+
+
+def redeploy(root: Path, name: str) -> tuple[dict[str, Any], str]:
+    """Deploy the registered version of a finished run again; returns the endpoint and the model's name.
+
+    Raises:
+        ConfigError: there is no such run, or it has registered nothing yet.
+    """
+    store = Store(root)
+    config, record, registered = finished_run(store, name)
+    open_cluster(config, root)
+    tracker = Tracker(root, config.register.tracking_uri, config.register.experiment)
+    endpoint = deploy_endpoint(config, store, record["keys"], registered, tracker)
+    write_json(store.run_dir(name) / "run.json", record | {"endpoint": endpoint, "updated": time.time()})
+    return endpoint, registered["name"]
+
+
+def finished_run(store: Store, name: str) -> tuple[PipelineConfig, dict[str, Any], dict[str, Any]]:
+    """Configuration and record of a run that has registered a version, and what that was.
+
+    Raises:
+        ConfigError: there is no such run, or it has registered nothing yet.
+    """
+    record = read_record(store.run_dir(name))
+    manifest = store.read_manifest("register", record["keys"]["register"]) if record else None
+    if manifest is None:
+        raise ConfigError(
+            f"serve {name!r}: no finished run of that name in {store.root}. `rankline status` lists the runs."
+        )
+    return parse(read_yaml(store.run_dir(name) / "pipeline.yaml")), record, manifest.facts
+
+
+def build(args: dict[str, str]) -> Any:
+    """The Serve application of `args["run"]` in the store `args["store"]`; Serve calls it.
+
+    Raises:
+        ConfigError: there is no such run.
+        ServeError: the address is not loopback, and the run has no token file of its own.
+        TokenError: the token file cannot be used.
+    """
+    store = Store(Path(args["store"]))
+    config, record, registered = finished_run(store, args["run"])
+    uri = config.register.tracking_uri or default_uri(store.root)
+    spec = serve_spec(config, store, record["keys"], registered, uri)
+    check_exposure(config.serve.host, config.serve.token_file)
+    ensure_token(spec.token_file)
+    return application(spec, config.serve)
+
+
+def serve_yaml(root: Path, name: str) -> str:
+    """The text of a Serve configuration file for a run.
+
+    Raises:
+        ConfigError: there is no such run, or it has registered nothing yet.
+    """
+    import yaml
+
+    config, _, registered = finished_run(Store(root), name)
+    options = deployment_options(config.serve)
+    written = {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": config.serve.host, "port": config.serve.port},
+        "applications": [
+            {
+                "name": f"rankline-{config.name}",
+                "route_prefix": ROUTE_PREFIX,
+                "import_path": f"{__name__}:{build.__name__}",
+                "args": {"store": str(root), "run": name},
+                "deployments": [options],
+            }
+        ],
+    }
+    head = f"# {registered['name']}:{registered['version']} and every adapter of its registry over the same base.\n"
+    return head + str(yaml.safe_dump(written, sort_keys=False))

@@ -1,0 +1,175 @@
+"""Malformed requests, from our own OpenAPI document and as raw bytes: never a 5xx, and others are answered meanwhile.
+
+RANKLINE_SOAK multiplies how many there are (`make soak`).
+"""
+
+import contextlib
+import os
+import socket
+import statistics
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from serving_http import BASE, BEARER, COMPLETION, ONE, OWN, listening
+
+from cluster.config import ServeConfig
+from cluster.model import ModelSource
+from cluster.serving.app import create_app
+from cluster.serving.auth import Keyring
+from cluster.serving.service import Service
+from cluster.serving.sources import FixedSource
+from cluster.serving.spec import ServeSpec
+
+SOAK = int(os.environ.get("RANKLINE_SOAK", "1"))
+FUZZ = settings(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+
+
+@pytest.fixture(scope="module")
+def service(served: tuple[ModelSource, dict[str, str]]) -> Iterator[Service]:
+    source, adapters = served
+    spec = ServeSpec("test", source, BASE, FixedSource(adapters), tuple(adapters))
+    service = Service.load(spec, ServeConfig(max_new_tokens=8, max_concurrent=8))
+    yield service
+    service.close()
+
+
+@pytest.fixture(scope="module")
+def url(service: Service) -> Iterator[str]:
+    with listening(create_app(service, Keyring(OWN))) as url:
+        yield url
+
+
+def times_of(url: str, seconds: float) -> list[float]:
+    """How long good requests take, one after the other, for some seconds; at least one."""
+    found: list[float] = []
+    with httpx.Client(base_url=url, headers=BEARER, trust_env=False) as client:
+        ends = time.monotonic() + seconds
+        while not found or time.monotonic() < ends:
+            began = time.monotonic()
+            answer = client.post("/v1/completions", json=COMPLETION | {"max_tokens": 8})
+            found.append(time.monotonic() - began)
+            assert answer.status_code == 200
+    return found
+
+
+@contextlib.contextmanager
+def good_traffic(url: str) -> Iterator[list[float]]:
+    """Good requests beside what the block does; their times, once it has ended."""
+    found: list[float] = []
+    ended = threading.Event()
+
+    def ask() -> None:
+        while not ended.is_set():
+            found.extend(times_of(url, 0.2))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        yield found
+    finally:
+        ended.set()
+        thread.join()
+
+
+def late(times: list[float]) -> float:
+    return statistics.quantiles(times, n=100, method="inclusive")[98]
+
+
+def assert_answered(response: Any, seen: Counter[int]) -> None:
+    seen[response.status_code] += 1
+    assert response.status_code < 500, response.text
+    if response.status_code >= 400:
+        assert set(response.json()) == {"error"}
+        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_requests_made_from_the_schema_never_fail_the_server(url: str, service: Service) -> None:
+    import schemathesis
+    from schemathesis import GenerationMode
+
+    document = httpx.get(f"{url}/openapi.json", headers=BEARER, trust_env=False).json()
+    operations = [found.ok() for found in schemathesis.openapi.from_dict(document).get_all_operations()]
+    assert {operation.path for operation in operations} >= {"/v1/chat/completions", "/v1/completions", "/v1/models"}
+    quiet = times_of(url, 2.0)
+    seen: Counter[int] = Counter()
+
+    def fuzz(operation: Any, mode: GenerationMode, examples: int) -> None:
+        @settings(FUZZ, max_examples=examples)
+        @given(operation.as_strategy(generation_mode=mode))
+        def once(case: Any) -> None:
+            if mode is GenerationMode.POSITIVE and isinstance(case.body, dict):
+                case.body["model"] = ONE
+            assert_answered(case.call(base_url=url, headers=BEARER, timeout=60), seen)
+
+        once()
+
+    with good_traffic(url) as beside:
+        for operation in operations:
+            if operation.method == "post":
+                fuzz(operation, GenerationMode.NEGATIVE, 120 * SOAK)
+                fuzz(operation, GenerationMode.POSITIVE, 30 * SOAK)
+    assert seen[400] > 0.5 * sum(seen.values())
+    assert seen[200] > 0
+    assert service.healthy
+    assert service.live == (0, 0)
+    assert len(beside) > 0
+    print(f"\n{dict(seen)}, good p99 {late(quiet) * 1e3:.0f} ms alone, {late(beside) * 1e3:.0f} ms beside")
+
+
+def test_raw_bytes_never_fail_the_server(url: str, service: Service) -> None:
+    place = urlsplit(url)
+    fields = ("Host: x", "Authorization: {}", "Content-Type: application/json", "Content-Length: {}")
+    head = "\r\n".join(["POST {} HTTP/1.1", *fields, "", ""])
+    statuses: Counter[str] = Counter()
+
+    def send(data: bytes) -> bytes:
+        with socket.create_connection((place.hostname, place.port), timeout=20) as connection:
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(data)
+                connection.shutdown(socket.SHUT_WR)
+            answer = b""
+            with contextlib.suppress(ConnectionError):
+                while part := connection.recv(65536):
+                    answer += part
+        return answer
+
+    def check(answer: bytes) -> None:
+        status = answer[9:12].decode() if answer.startswith(b"HTTP/1.") else "closed"
+        statuses[status] += 1
+        assert not status.startswith("5"), answer
+
+    token = BEARER["Authorization"]
+    body = st.one_of(
+        st.binary(max_size=300),
+        st.text(max_size=200).map(str.encode),
+        st.recursive(st.none() | st.booleans() | st.floats() | st.text(max_size=9), lambda inner: st.lists(inner) | st.
+                     dictionaries(st.sampled_from(["model", "prompt", "messages", "n", "stop", "stream"]), inner),
+                     max_leaves=9).map(lambda value: str(value).encode()),
+    )  # fmt: skip
+
+    @settings(FUZZ, max_examples=150 * SOAK)
+    @given(st.sampled_from(["/v1/completions", "/v1/chat/completions"]), body, st.integers(-3, 3))
+    def with_a_head(path: str, content: bytes, wrong: int) -> None:
+        check(send(head.format(path, token, max(0, len(content) + wrong)).encode() + content))
+
+    @settings(FUZZ, max_examples=100 * SOAK)
+    @given(st.binary(max_size=400))
+    def with_none(content: bytes) -> None:
+        check(send(content))
+
+    with_a_head()
+    with_none()
+    for nested in (b"[" * 200_000, b'{"model":' * 50_000, b'{"model": "' + b"\xff" * 100_000, b'{"n": 1e999999999}'):
+        check(send(head.format("/v1/completions", token, len(nested)).encode() + nested))
+    assert statuses["400"] > 0
+    times_of(url, 0.1)
+    assert service.healthy
+    print(f"\n{dict(statuses)}")
