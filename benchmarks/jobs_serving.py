@@ -1,11 +1,18 @@
-"""Decoding many adapters at once on SmolLM2-135M against PEFT and transformers: 16 requests, greedy, prompts of 32."""
+"""Decoding many adapters at once on SmolLM2-135M against PEFT and transformers: 16 requests, greedy, prompts of 32.
+
+Adapters are LoRA of rank 8 on all linear layers unless a job says otherwise.
+"""
 
 from __future__ import annotations
 
+import os
 import queue
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -151,7 +158,7 @@ def decode() -> list[Row]:
             "ours": lambda names=names: engine_tokens(ours(), names),
             "mixed": lambda names=names: peft_generate(names, slice(None), True),
         }
-        seconds, found = paired(calls, repeats=3)
+        seconds, found = paired(calls, repeats=2)
         rows.append(_row(f"{REQUESTS} requests, {distinct} adapters", "PEFT, adapter_names", target, seconds, found))
     names = [f"a{index}" for index in range(REQUESTS)]
     calls = {"ours": lambda: engine_tokens(ours(), names), "mixed": lambda: set_adapter_per_request(names)}
@@ -187,12 +194,12 @@ def generate_batch() -> list[Row]:
 
 
 def step_seconds(model: Any, names: Sequence[str | None], steps: int = 12) -> float:
-    """The least time of a decode step over 16 requests that have read their prompts."""
+    """The least time of a decode step over requests that have read their prompts."""
     from cluster.serving.steps import Chunk
     from cluster.serving.trial import steps_for
 
     with torch.inference_mode():
-        made, times = steps_for(model, REQUESTS), []
+        made, times = steps_for(model, len(names)), []
         own = list(enumerate(names))
         made.step([Chunk(index, name, tuple(prompts()[index]), 0) for index, name in own])
         for taken in range(PROMPT, PROMPT + steps):
@@ -203,13 +210,19 @@ def step_seconds(model: Any, names: Sequence[str | None], steps: int = 12) -> fl
     return min(times)
 
 
+def alternating(sides: dict[str, tuple[Any, Sequence[str | None]]], rounds: int = 3) -> dict[str, float]:
+    """The least time of a step of each side, the sides in turn."""
+    best = dict.fromkeys(sides, float("inf"))
+    for _ in range(rounds):
+        for name, (model, names) in sides.items():
+            best[name] = min(best[name], step_seconds(model, names))
+    return best
+
+
 def added_time() -> list[Row]:
     """What 16 adapters add to a step of the base, against reading their bytes once."""
     model, names = ours(), [f"a{index}" for index in range(REQUESTS)]
-    times = {"base": float("inf"), "mixed": float("inf")}
-    for _ in range(3):
-        times["base"] = min(times["base"], step_seconds(model, [None] * REQUESTS))
-        times["mixed"] = min(times["mixed"], step_seconds(model, names))
+    times = alternating({"base": (model, [None] * REQUESTS), "mixed": (model, names)})
     touched = sum(p.nbytes for name, p in model.named_parameters() if "adapters." in name)
     buffer = torch.ones(2**27)
     read, _ = paired({"read": buffer.sum}, repeats=5)
@@ -221,8 +234,157 @@ def added_time() -> list[Row]:
     ]
 
 
+def of_family(method: str, rank: int, options: dict[str, Any] | None = None) -> tuple[Any, list[str], int]:
+    """A model with 16 random adapters of a family, their names, and the bytes of one."""
+    from lowrank.adapters.base import Layer
+    from lowrank.adapters.registry import initial_adapters
+    from lowrank.config import AdapterConfig
+    from lowrank.inject import inject
+
+    model = dense_model()
+    linears = {name: m for name, m in model.named_modules() if name.endswith("_proj")}
+    layers = [
+        Layer(name, tuple(module.weight.shape), index, lambda module=module: module.weight.detach())
+        for index, (name, module) in enumerate(linears.items())
+    ]
+    config = AdapterConfig(method=method, init="kaiming", r=rank, options=options or {})
+    named: dict[str, dict[str, Any]] = {name: {} for name in linears}
+    for index in range(ADAPTERS):
+        torch.manual_seed(index)
+        for name, adapter in initial_adapters(layers, config).items():
+            for parameter in adapter.parameters():
+                parameter.data.add_(torch.randn_like(parameter) * 0.02)
+            named[name][f"a{index}"] = adapter.eval()
+    inject(model, named, None)
+    one = sum(p.nbytes for own in named.values() for p in own["a0"].parameters())
+    return model.eval(), [f"a{index}" for index in range(ADAPTERS)], one
+
+
+def families() -> list[Row]:
+    """A decode step with 16 LoHA or LoKr adapters against 16 LoRA of about as many bytes."""
+    rows = []
+    for method, rank, options in (("loha", 4, {}), ("lokr", 16, {})):
+        model, names, own = of_family(method, rank, options)
+        # A LoRA's bytes are linear in its rank.
+        lora_rank = max(1, round(own / (of_family("lora", 1)[2])))
+        lora, lora_names, lora_bytes = of_family("lora", lora_rank)
+        best = alternating({"ours": (model, names), "lora": (lora, lora_names)})
+        note = f"{best['ours'] * 1e3:.0f} against {best['lora'] * 1e3:.0f} ms; {own / 2**20:.1f} MiB against " \
+               f"{lora_bytes / 2**20:.1f} MiB of LoRA of rank {lora_rank}"  # fmt: skip
+        rows.append(row(f"16 {method} adapters, r={rank}", "LoRA", best["lora"] / best["ours"], 0.8, note=note))
+    return rows
+
+
+def nf4() -> list[Row]:
+    """A decode step over NF4 against fp32, 1 and 16 requests of the bare base."""
+    from training_base import source
+
+    from cluster.model import build_variant
+
+    dense, packed = dense_model(), build_variant(source("nf4"), "nf4", torch.float32)
+    sizes = [sum(t.nbytes for t in (*m.parameters(), *m.buffers())) for m in (packed, dense)]
+    rows = []
+    for count, target in ((1, 1.5), (16, 0.8)):
+        best = alternating({"ours": (packed, [None] * count), "fp32": (dense, [None] * count)})
+        share = sizes[0] / sizes[1]
+        took = f"{best['ours'] * 1e3:.0f} against {best['fp32'] * 1e3:.0f} ms"
+        note = f"{took}; {share:.2f} of the memory, with the embedding of 108 MiB in both"
+        job = f"NF4 base, {count} request{'s' if count > 1 else ''}"
+        rows.append(row(job, "fp32 base", best["fp32"] / best["ours"], target, valid=share <= 0.35, note=note))
+    return rows
+
+
+REGISTERED, CONTENTS, RESIDENT, ASKED = 1000, 64, 16, 128
+
+
+def thousand() -> list[Row]:
+    """1,000 registered adapters asked for by Zipf's law, 16 resident, against 16 alone."""
+    import random
+    from tempfile import TemporaryDirectory
+
+    from lowrank.adapters.lora import LoRA
+    from lowrank.adapters.peft_format import save_adapter
+    from lowrank.config import AdapterConfig
+    from lowrank.resident import make_adaptable
+
+    model = dense_model()
+    rng, weights = random.Random(1), [1 / (rank + 1) ** 1.2 for rank in range(REGISTERED)]
+    asked = [f"a{index}" for index in rng.choices(range(REGISTERED), weights, k=ASKED)]
+    few = [f"a{rng.randrange(RESIDENT)}" for _ in range(ASKED)]
+    with TemporaryDirectory() as root:
+        table = {}
+        for index in range(REGISTERED):
+            directory = Path(root) / f"a{index}"
+            if index < CONTENTS:
+                pairs = random_pairs(model, index)
+                made = {name: LoRA(a, b, 1.0) for name, (a, b) in pairs.items()}
+                save_adapter(directory, made, AdapterConfig(r=RANK, lora_alpha=float(RANK)), {})
+            else:  # other names of the same bytes: 1,000 files of 9 MiB would not fit a small disk
+                directory.mkdir()
+                for file in (Path(root) / f"a{index % CONTENTS}").iterdir():
+                    os.link(file, directory / file.name)
+            table[f"a{index}"] = str(directory)
+        make_adaptable(model, list(pairs))
+        times = {name: seconds_with_store(model, table, ids) for name, ids in (("few", few), ("many", asked))}
+    (few_s, _, _), (many_s, misses, peak) = times["few"], times["many"]
+    late = sorted(misses)[int(0.95 * len(misses))] * 1e3
+    rates = [ASKED * NEW / seconds for seconds in (many_s, few_s)]
+    note = f"{rates[0]:.0f} against {rates[1]:.0f} tokens/s; {len(misses)} of {ASKED} requests missed, p95 of a miss " \
+           f"{late:.0f} ms; {peak / 2**20:.0f} MiB grown beyond the first 16"  # fmt: skip
+    return [row("1,000 adapters, 16 resident", "16 adapters", few_s / many_s, 0.9, valid=late <= 300, note=note)]
+
+
+def seconds_with_store(model: Any, table: dict[str, str], asked: Sequence[str]) -> tuple[float, list[float], int]:
+    """Seconds of all requests with 16 at a time, the seconds that each miss waited, and the memory that grew."""
+    import psutil
+
+    from cluster.serving.decoding import Sampling
+    from cluster.serving.engine import Engine, Job
+    from cluster.serving.sources import FixedSource, Version
+    from cluster.serving.store import AdapterStore, FullError, Lease
+
+    one = Path(table["a0"], "adapter_model.safetensors").stat().st_size
+    # A and B of a file, and Bᵀ beside them.
+    store = AdapterStore(model, FixedSource(table), {}, int(RESIDENT * 1.65 * one))
+    engine = Engine(model, Ids(), [], max_concurrent=REQUESTS)
+    misses: list[float] = []
+
+    def ask(name: str, prompt: Sequence[int]) -> None:
+        began, missed = time.perf_counter(), False
+        while True:
+            try:
+                found = store.ask(Version(name), missed)
+                if isinstance(found, Lease):
+                    break
+                missed = True
+                found.result()
+            except FullError:
+                time.sleep(0.01)
+        if missed:
+            misses.append(time.perf_counter() - began)
+        try:
+            run(engine, [Job(found.name, tuple(prompt), NEW, Sampling(temperature=0))])
+        finally:
+            found.release()
+
+    try:
+        for name in dict.fromkeys(asked[:RESIDENT]):
+            store.lease(Version(name)).release()
+        memory = psutil.Process().memory_info().rss
+        began = time.perf_counter()
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            list(pool.map(ask, asked, cycle(prompts())))
+        return time.perf_counter() - began, misses, psutil.Process().memory_info().rss - memory
+    finally:
+        engine.close()
+        store.close()
+
+
 JOBS: dict[str, Callable[[], list[Row]]] = {
     "serving_decode": decode,
     "serving_generate_batch": generate_batch,
     "serving_added_time": added_time,
+    "serving_families": families,
+    "serving_nf4": nf4,
+    "serving_thousand": thousand,
 }

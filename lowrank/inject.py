@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lowrank.adapters.base import Adapter
 from lowrank.errors import AdapterError
 from lowrank.kernels.grouped import GroupedPairs
+from lowrank.kernels.kronecker import Factors, GroupedKroneckers
 
 #: Ranks, and numbers over those of the adapter, up to which a change that is a pair B A is kept as one for a `Mix`.
 _MOST_RANKS, _MOST_NUMBERS = 128, 4
@@ -57,16 +58,20 @@ class Ready:
 
     adapter: Adapter
     pair: tuple[Tensor, Tensor] | None
+    kronecker: Factors | None
 
     @classmethod
     def of(cls, adapter: Adapter) -> Ready:
         """Make it."""
-        return cls(adapter, _pair_of(adapter))
+        pair = _pair_of(adapter)
+        factors = adapter.kronecker() if pair is None else None
+        return cls(adapter, pair, None if factors is None else GroupedKroneckers.prepared(factors))
 
     @property
     def num_bytes(self) -> int:
-        """Of all tensors; those that adapter and pair share count once."""
-        tensors = (*self.adapter.parameters(), *self.adapter.buffers(), *(self.pair or ()))
+        """Of all tensors; those that the adapter shares with what was made of it count once."""
+        made = (*(self.pair or ()), *(self.kronecker or ()))
+        tensors = (*self.adapter.parameters(), *self.adapter.buffers(), *made)
         return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
@@ -91,8 +96,9 @@ class AdaptedLinear(nn.Module):
         self.adapters = nn.ModuleDict(dict(adapters))
         self.active: str | Mix | None = active
         self._kept: Tensor | None = None
-        self._pairs: dict[str, tuple[Tensor, Tensor] | None] = {}
-        self._prepared: tuple[Mix, GroupedPairs | None, list[tuple[str, slice | Tensor]]] | None = None
+        self._ready: dict[str, Ready] = {}
+        self._prepared: tuple[Mix, list[GroupedPairs | GroupedKroneckers], list[tuple[str, slice | Tensor]]] | None
+        self._prepared = None
 
     def forward(self, x: Tensor) -> Tensor:
         """y (..., m) for x (..., n); what the base says where the active adapter does not change this layer."""
@@ -109,14 +115,14 @@ class AdaptedLinear(nn.Module):
 
     def add(self, name: str, ready: Ready) -> None:
         """Take in an adapter; other threads may use the other ones meanwhile."""
-        self._pairs[name] = ready.pair
+        self._ready[name] = ready
         self.adapters[name] = ready.adapter
 
     def remove(self, name: str) -> Adapter:
         """Give an adapter away that nobody uses."""
         adapter = self.adapters.pop(name)
         assert isinstance(adapter, Adapter)
-        self._pairs.pop(name, None)
+        self._ready.pop(name, None)
         self._prepared = None
         return adapter
 
@@ -130,36 +136,47 @@ class AdaptedLinear(nn.Module):
             raise AdapterError(f"mix adapters: {len(x)} rows came to a layer, the mix is of {len(mix.names)}.")
         prepared = self._prepared
         if prepared is None or prepared[0] is not mix:
-            prepared = self._prepared = (mix, *self._prepare(mix, x.device))
+            prepared = self._prepared = (mix, *self._prepare(mix, x))
         _, grouped, others = prepared
         for name, rows in others:
             y[rows] = self.adapters[name](x[rows], y[rows], self.base)
-        if grouped is not None:
-            grouped.add_to(y, x)
+        for group in grouped:
+            group.add_to(y, x)
 
-    def _prepare(self, mix: Mix, device: torch.device) -> tuple[GroupedPairs | None, list[tuple[str, slice | Tensor]]]:
-        """The adapters that are low-rank pairs together, and the others with their rows."""
-        pairs, parts = [], []
+    def _prepare(
+        self, mix: Mix, x: Tensor
+    ) -> tuple[list[GroupedPairs | GroupedKroneckers], list[tuple[str, slice | Tensor]]]:
+        """What takes all low-rank pairs, and all Kronecker factors, at once; and the other adapters with their rows."""
+        pairs, parts, factors, tokens = [], [], [], []
         others: list[tuple[str, slice | Tensor]] = []
         for name, (runs, rows) in mix.parts.items():
             if name not in self.adapters:
                 continue
-            if (pair := self._pair(name)) is not None:
-                pairs.append(pair)
+            ready = self._made(name)
+            if ready.pair is not None:
+                pairs.append(ready.pair)
                 parts.append((runs, rows))
                 continue
             others += [(name, run) for run in runs]
-            if rows:
-                others.append((name, torch.tensor(rows, device=device)))
-        return (GroupedPairs(pairs, parts) if pairs else None), others
+            if rows and ready.kronecker is not None and GroupedKroneckers.fits(x):
+                factors.append(ready.kronecker)
+                tokens.append(rows)
+            elif rows:
+                others.append((name, torch.tensor(rows, device=x.device)))
+        grouped: list[GroupedPairs | GroupedKroneckers] = []
+        if pairs:
+            grouped.append(GroupedPairs(pairs, parts))
+        if factors:
+            grouped.append(GroupedKroneckers(factors, tokens))
+        return grouped, others
 
-    def _pair(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """`_pair_of` an adapter, made once."""
-        if name not in self._pairs:
+    def _made(self, name: str) -> Ready:
+        """`Ready.of` an adapter, made once."""
+        if name not in self._ready:
             adapter = self.adapters[name]
             assert isinstance(adapter, Adapter)
-            self._pairs[name] = _pair_of(adapter)
-        return self._pairs[name]
+            self._ready[name] = Ready.of(adapter)
+        return self._ready[name]
 
     def merge(self) -> None:
         """Add the active ΔW to a dense base, in fp32; `unmerge` gives the kept tensor back.

@@ -114,6 +114,10 @@ class Adapter(nn.Module, ABC):
         """left (m, R) and right (R, n) with left @ right = ΔW exactly, s included; None where R would be min(m, n)."""
         return None
 
+    def kronecker(self) -> tuple[Tensor, ...] | None:
+        """W1 with s, and W2 whole or as two factors, where ΔW = W1 ⊗ W2 exactly; None where it is no such product."""
+        return None
+
     # ---- what they share ----------------------------------------------------------------------------------------
 
     @classmethod

@@ -159,6 +159,10 @@ class LoKr(AddedInPlace):
         left, *right = (part.detach()[None] for part in self._parts(_W2))
         return KroneckerFactors(first, left, right[0] if right else None, self.shape).low_rank()
 
+    def kronecker(self) -> tuple[Tensor, ...]:
+        """s·W1 (up, uq), and W2 (vp, vq) or its factors W2a (vp, r) and W2b (r, vq)."""
+        return (self.scaling * self.w1(), *self._parts(_W2))
+
     def _svd(self, keep: int) -> tuple[Tensor, Tensor, Tensor]:
         """The products of the SVDs of W1 and W2: (U₁ ⊗ U₂)(Σ₁ ⊗ Σ₂)(V₁ ⊗ V₂)ᴴ, sorted.
 

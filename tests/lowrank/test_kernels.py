@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowrank.kernels import attend, both_products, build, dense, grouped, products
+from lowrank.kernels import attend, both_products, build, dense, grouped, kronecker, products
 from lowrank.kernels.products import _by_panels
 
 needs_compiler = pytest.mark.skipif(build.kernel() is None, reason="no C compiler")
@@ -152,3 +152,36 @@ def test_attention_over_each_past_is_that_of_torch(
 def test_rms_norm_is_that_of_torch() -> None:
     x, weight = torch.randn(7, 90), torch.randn(90)
     torch.testing.assert_close(attend.rms_norm(x, weight, 1e-3), torch.nn.functional.rms_norm(x, (90,), weight, 1e-3))
+
+
+@needs_compiler
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.lists(st.sampled_from([(2, 6), (3, 4), (12, 1), (1, 12)]), min_size=1, max_size=5),
+    st.lists(st.sampled_from([(5, 4), (1, 20), (20, 1), (2, 10)]), min_size=5, max_size=5),
+    st.lists(st.sampled_from([0, 1, 3]), min_size=5, max_size=5),
+    st.integers(1, 9),
+)
+def test_every_token_gets_the_kronecker_product_of_its_own(
+    rows: list[tuple[int, int]], columns: list[tuple[int, int]], ranks: list[int], tokens: int
+) -> None:
+    generator = torch.Generator().manual_seed(len(rows) * 10 + tokens)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    factors = []
+    for (up, vp), (uq, vq), r in zip(rows, columns, ranks):
+        factors.append((normal(up, uq), *((normal(vp, r), normal(r, vq)) if r else (normal(vp, vq),))))
+    owner = torch.randint(-1, len(factors), (tokens,), generator=generator).tolist()
+    x, y = normal(tokens, 20), normal(tokens, 17)
+    part, expected = y[:, 3:15], y.double()
+    for token, own in enumerate(owner):
+        if own >= 0:
+            w1, *second = (factor.double() for factor in factors[own])
+            weight = torch.kron(w1, torch.linalg.multi_dot(second) if len(second) > 1 else second[0])
+            expected[token, 3:15] += weight @ x[token].double()
+    own_tokens = [[token for token in range(tokens) if owner[token] == at] for at in range(len(factors))]
+    ready = [kronecker.GroupedKroneckers.prepared(own) for own in factors]
+    kronecker.GroupedKroneckers(ready, own_tokens).add_to(part, x)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-4)

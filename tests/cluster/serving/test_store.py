@@ -141,7 +141,7 @@ def test_an_evicted_adapter_leaves_nothing_behind(store: AdapterStore, model: An
         store.lease(Version(f"a{index}")).release()
     held = {name for _, layer in adapted_layers(model) for name in layer.adapters}
     assert len(held) == store.counts().resident == 3
-    assert {name for _, layer in adapted_layers(model) for name in layer._pairs} == held
+    assert {name for _, layer in adapted_layers(model) for name in layer._ready} == held
 
 
 def test_requests_for_one_version_share_a_load_and_hold_nobody_up(store: AdapterStore, source: Directory) -> None:
