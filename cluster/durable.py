@@ -40,7 +40,8 @@ def canonical(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str).encode()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring a file or a directory to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -63,7 +64,7 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
         raise
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def write_json(path: Path, value: Any, mode: int = 0o644) -> None:
@@ -120,7 +121,7 @@ class UnitStore:
             except OSError:
                 if not self.is_committed(unit):
                     raise
-            _sync(final.parent)
+            sync(final.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         self.log("commit", unit, sha256=record.sha256, seconds=time.time() - started)
@@ -178,7 +179,7 @@ class UnitStore:
 def _seal(directory: Path, unit: str, facts: dict[str, Any]) -> UnitRecord:
     files = {}
     for file in sorted(path for path in directory.rglob("*") if path.is_file()):
-        _sync(file)
+        sync(file)
         files[file.relative_to(directory).as_posix()] = sha256_file(file)
     record = UnitRecord(unit, files, facts, _digest(unit, files, facts))
     write_json(directory / MANIFEST, {"name": unit, "files": files, "facts": facts, "sha256": record.sha256})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -67,17 +67,25 @@ class Ready:
         factors = adapter.kronecker() if pair is None else None
         return cls(adapter, pair, None if factors is None else GroupedKroneckers.prepared(factors))
 
-    @property
-    def num_bytes(self) -> int:
-        """Of all tensors; those that the adapter shares with what was made of it count once."""
+    def tensors(self) -> list[Tensor]:
+        """Of the adapter, and what was made of them."""
         made = (*(self.pair or ()), *(self.kronecker or ()))
-        tensors = (*self.adapter.parameters(), *self.adapter.buffers(), *made)
-        return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+        return [*self.adapter.parameters(), *self.adapter.buffers(), *made]
+
+
+def bytes_of(ready: Iterable[Ready]) -> int:
+    """Bytes of adapters; what they share counts once."""
+    return sum({tensor.data_ptr(): tensor.nbytes for one in ready for tensor in one.tensors()}.values())
 
 
 def _pair_of(adapter: Adapter) -> tuple[Tensor, Tensor] | None:
     """A (r, n) and Bᵀ (r, m) of an adapter whose change is B A at few more numbers than its own, or None."""
+    if 0 in adapter.shape:  # PEFT's VeRA, which learns n from its first input
+        return None
     form = adapter.low_rank() if adapter.export == "exact" else None
+    if form is not None and (form[0].shape[1] != len(form[1]) or (len(form[0]), form[1].shape[1]) != adapter.shape):
+        shapes = [tuple(part.shape) for part in form]
+        raise AdapterError(f"its low-rank form is {shapes}, of a change of shape {adapter.shape}.")
     own = sum(tensor.numel() for tensor in (*adapter.parameters(), *adapter.buffers()))
     if form is None or len(form[1]) > _MOST_RANKS or sum(p.numel() for p in form) > _MOST_NUMBERS * own:
         return None

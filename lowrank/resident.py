@@ -62,12 +62,11 @@ class Residents:
         """Args: model: as `make_adaptable` left it."""
         self._layers, self._wholes = dict(adapted_layers(model)), dict(saved_modules(model))
 
-    def add(self, name: str, adapters: Mapping[str, Ready], saved: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Give the model an adapter under a new name, all of it or nothing.
+    def check(self, adapters: Mapping[str, Ready], saved: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """See whether the model can take an adapter.
 
         Args:
-            name: that no adapter of the model has.
-            adapters: by module; the other layers stay bare under this name.
+            adapters: by module; the other layers stay bare.
             saved: modules that were trained whole: module -> name -> tensor.
 
         Raises:
@@ -78,15 +77,20 @@ class Residents:
                 raise AdapterError(
                     f"add adapter: the model has no linear layer {module!r}. Load it onto its own model."
                 )
-            check_shapes(module, self._layers[module].base, {name: ready.adapter})
+            check_shapes(module, self._layers[module].base, {"": ready.adapter})
         missing = sorted(set(saved) - set(self._wholes))
         if missing:
             raise AdapterError(
                 f"add adapter: it brings trained copies of {', '.join(missing)}, for which this model was not "
                 "prepared. Deploy the endpoint anew with this adapter among those that it starts with."
             )
-        copies = {module: saved_copy(module, self._wholes[module].base, named) for module, named in saved.items()}
-        for module, made in copies.items():
+        for module, named in saved.items():
+            saved_copy(module, self._wholes[module].base, named)
+
+    def add(self, name: str, adapters: Mapping[str, Ready], saved: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Give the model an adapter that `check` found fit, under a name that no adapter of it has."""
+        for module, named in saved.items():
+            made = saved_copy(module, self._wholes[module].base, named)
             self._wholes[module].copies[name] = made.requires_grad_(False).eval()
         for module, ready in adapters.items():
             self._layers[module].add(name, ready)

@@ -33,7 +33,15 @@ def registry_source(config: PipelineConfig, store: Store, base_facts: Mapping[st
     """The adapters of the registry that belong to the served base."""
     serve = config.serve
     canary = Canary(serve.canary_alias, serve.canary_share) if serve.canary_alias else None
-    return RegistrySource(uri, store.root / "_served", base_facts, config.register.alias, canary)
+    return RegistrySource(
+        uri,
+        store.root / "_served",
+        base_facts,
+        config.register.alias,
+        canary,
+        reserved=BASE_ID,
+        most_bytes=int(serve.adapter_mib * 2**20),
+    )
 
 
 def serve_spec(

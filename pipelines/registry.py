@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import random
 import re
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cluster.durable import sync
 from cluster.errors import ServeError
 from cluster.serving.sources import ForeignAdapterError, UnknownAdapterError, Version
 from pipelines.errors import TrackingError
@@ -43,7 +44,7 @@ class _Table:
     ids: Mapping[str, Version] = field(default_factory=dict)
     foreign: Mapping[str, str] = field(default_factory=dict)
     canaries: Mapping[str, Version] = field(default_factory=dict)
-    sources: Mapping[str, str] = field(default_factory=dict)
+    listed: Mapping[Version, ListedVersion] = field(default_factory=dict)
 
 
 class RegistrySource:
@@ -57,6 +58,8 @@ class RegistrySource:
         alias: str,
         canary: Canary | None = None,
         refresh_s: float = 3.0,
+        reserved: str = "",
+        most_bytes: int = 2**30,
     ) -> None:
         """Args:
         uri: MLflow's tracking and registry URI.
@@ -65,9 +68,12 @@ class RegistrySource:
         alias: that a bare name stands for.
         canary: null sends nothing elsewhere.
         refresh_s: seconds between looks at the registry.
+        reserved: a model id that is not the registry's to give: the base's.
+        most_bytes: of a file that is copied.
         """
         self._uri, self._cache, self._base_facts = uri, cache, dict(base_facts)
         self._alias, self._canary, self._refresh_s = alias, canary, refresh_s
+        self._reserved, self._most_bytes = reserved, most_bytes
         self._start()
 
     def _start(self) -> None:
@@ -78,9 +84,8 @@ class RegistrySource:
         self._closed = threading.Event()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            name: getattr(self, name) for name in ("_uri", "_cache", "_base_facts", "_alias", "_canary", "_refresh_s")
-        }
+        kept = ("_uri", "_cache", "_base_facts", "_alias", "_canary", "_refresh_s", "_reserved", "_most_bytes")
+        return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -115,20 +120,18 @@ class RegistrySource:
         """
         from lowrank.adapters.peft_format import CONFIG, WEIGHTS
 
-        source = self._known().sources.get(version.id)
-        if source is None:
+        listed = self._known().listed.get(version)
+        if listed is None:
             raise ServeError(f"fetch {version.id}: the registry has it no more.")
-        name = re.sub(r"[^A-Za-z0-9_-]+", "-", version.id)[:40]
-        target = (
-            self._cache / f"{name}-{hashlib.sha256(f'{self._uri} {source} {version.id}'.encode()).hexdigest()[:16]}"
-        )
+        target = self._copy_of(version)
         if target.is_dir():
             return target
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}")
+        self._cache.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=self._cache))
         try:
-            temporary.mkdir(parents=True)
             for file in (CONFIG, WEIGHTS):
-                self._registry().download(f"{source.rstrip('/')}/adapter/{file}", temporary)
+                self._registry().download(listed, f"adapter/{file}", temporary, self._most_bytes)
+                sync(temporary / file)
             temporary.rename(target)
         except (TrackingError, OSError) as error:
             if not target.is_dir():  # else somebody else was first
@@ -137,7 +140,16 @@ class RegistrySource:
             shutil.rmtree(temporary, ignore_errors=True)
         return target
 
-    def watch(self, moved: Callable[[Version], None]) -> None:
+    def _copy_of(self, version: Version) -> Path:
+        name = re.sub(r"[^A-Za-z0-9_-]+", "-", version.id)[:40]
+        digest = hashlib.sha256(f"{self._uri} {version.id} {version.content}".encode()).hexdigest()
+        return self._cache / f"{name}-{digest[:16]}"
+
+    def discard(self, version: Version) -> None:
+        """Remove the copy of a version."""
+        shutil.rmtree(self._copy_of(version), ignore_errors=True)
+
+    def watch(self, moved: Callable[[Version, Version], None]) -> None:
         """Look at the registry every few seconds from now on."""
         threading.Thread(target=self._follow, args=(moved,), name="rankline-registry", daemon=True).start()
 
@@ -145,19 +157,20 @@ class RegistrySource:
         """Look no more."""
         self._closed.set()
 
-    def _follow(self, moved: Callable[[Version], None]) -> None:
+    def _follow(self, moved: Callable[[Version, Version], None]) -> None:
         while not self._closed.wait(self._refresh_s):
             before = self._table or _Table()
             try:
                 self.refresh()
+                now = self._table or _Table()
+                changed = {(before.ids[i], now.ids[i]) for i in now.ids if before.ids.get(i, now.ids[i]) != now.ids[i]}
+                for old, new in changed:
+                    logger.info("what was %s is %s now", old.id, new.id)
+                    moved(old, new)
             except TrackingError as error:
                 logger.warning("the registry cannot be read; what was known is served on: %s", error)
-                continue
-            now = self._table or _Table()
-            for model_id, version in now.ids.items():
-                if model_id in before.ids and before.ids[model_id] != version:
-                    logger.info("%s is %s now", model_id, version.id)
-                    moved(version)
+            except Exception:  # whatever it was, aliases must be followed on
+                logger.exception("a look at the registry failed; what was known is served on")
 
     def _known(self) -> _Table:
         if self._table is None:
@@ -194,27 +207,29 @@ class RegistrySource:
         others: dict[str, Version] = {}
         foreign: dict[str, str] = {}
         canaries: dict[str, Version] = {}
-        sources: dict[str, str] = {}
+        known: dict[Version, ListedVersion] = {}
         for model in sorted(models, key=lambda model: model.name):
+            if "@" in model.name or model.name == self._reserved:
+                continue  # it would stand for something else
             own: dict[str, Version] = {}
             for listed in sorted(self._versions[model.name][1], key=lambda listed: int(listed.version)):
-                version = Version(f"{model.name}:{listed.version}")
-                reason = self._foreign(listed)
-                if reason:
+                version = Version(f"{model.name}:{listed.version}", _digest(listed))
+                if reason := self._foreign(listed):
                     foreign[version.id] = reason
-                    continue
-                own[listed.version] = version
-                others[version.id], sources[version.id] = version, listed.source
+                else:
+                    own[listed.version] = others[version.id] = version
+                    known[version] = listed
             aliases = {alias: own[held] for alias, held in model.aliases.items() if held in own}
             others |= {f"{model.name}@{alias}": version for alias, version in aliases.items()}
-            if own:
-                names[model.name] = aliases.get(self._alias) or list(own.values())[-1]
+            holder = model.aliases.get(self._alias) or next(reversed(own), None)
+            if holder in own:
+                names[model.name] = own[holder]
             elif self._versions[model.name][1]:
-                newest = f"{model.name}:{self._versions[model.name][1][0].version}"
-                foreign[model.name] = f"no version of it is for this base; {newest}: {foreign[newest]}"
-            if self._canary is not None and self._canary.alias in aliases:
+                shown = f"{model.name}:{holder or self._versions[model.name][1][0].version}"
+                foreign[model.name] = f"it stands for {shown}: {foreign.get(shown, 'there is no such version.')}"
+            if self._canary is not None and self._canary.alias in aliases and model.name in names:
                 canaries[model.name] = aliases[self._canary.alias]
-        return _Table({**names, **others}, foreign, canaries, sources)
+        return _Table({**names, **others}, foreign, canaries, known)
 
     def _foreign(self, listed: ListedVersion) -> str:
         """Why a version is not for the served base; empty if it is."""
@@ -230,3 +245,8 @@ class RegistrySource:
             if ours is not None and theirs != ours:
                 return f"it was trained over another base ({tag} is {theirs}, served is {ours})."
         return ""
+
+
+def _digest(listed: ListedVersion) -> str:
+    """What tells a version from another one that had its name and number before."""
+    return hashlib.sha256(f"{listed.source} {listed.run_id}".encode()).hexdigest()[:16]

@@ -302,10 +302,11 @@ class ListedModel:
 
 @dataclass(frozen=True)
 class ListedVersion:
-    """A version of a registered model; `source` is the URI of its files."""
+    """A version of a registered model; `source` is the URI of its files, which `run_id` has logged."""
 
     version: str
     source: str
+    run_id: str
     status: str
     tags: dict[str, str]
 
@@ -336,14 +337,33 @@ class RegistryReader:
         if "'" in name and '"' in name:
             return []
         found = _pages(self._client.search_model_versions, filter_string=_named(name), max_results=1000)
-        return [ListedVersion(str(v.version), v.source, str(v.status), dict(v.tags)) for v in found]
+        return [ListedVersion(str(v.version), v.source, v.run_id or "", str(v.status), dict(v.tags)) for v in found]
 
     @_mapped
-    def download(self, uri: str, directory: Path) -> None:
-        """Copy one artifact file into a directory."""
+    def download(self, listed: ListedVersion, path: str, directory: Path, most_bytes: int) -> None:
+        """Copy one file below a version's source into a directory.
+
+        Raises:
+            TrackingError: the source is not among the artifacts of the version's run, whatever it says; there is no
+                such file, or it is larger than `most_bytes`.
+        """
         from mlflow.artifacts import download_artifacts
 
-        download_artifacts(artifact_uri=uri, dst_path=str(directory), tracking_uri=self._uri)
+        root = str(self._client.get_run(listed.run_id).info.artifact_uri).rstrip("/") if listed.run_id else ""
+        inner = listed.source.removeprefix(root).strip("/")
+        if not root or not listed.source.startswith(f"{root}/") or ".." in inner.split("/"):
+            raise TrackingError(f"version {listed.version}: its source is not among the artifacts of its run.")
+        whole = f"{inner}/{path}"
+        sizes = {
+            file.path: file.file_size
+            for file in self._client.list_artifacts(listed.run_id, whole.rpartition("/")[0])
+            if not file.is_dir
+        }
+        if sizes.get(whole) is None or sizes[whole] > most_bytes:
+            raise TrackingError(
+                f"version {listed.version}: {path} has {sizes.get(whole)} bytes; allowed are at most {most_bytes}."
+            )
+        download_artifacts(artifact_uri=f"{root}/{whole}", dst_path=str(directory), tracking_uri=self._uri)
 
 
 def _named(name: str) -> str:

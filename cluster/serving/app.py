@@ -253,9 +253,12 @@ def create_app(service: Service, keys: Keyring) -> App:
 
 def _add_pages(app: Any, service: Service, metrics: Metrics) -> None:
     """Metrics, health, and the page with its files."""
+    from fastapi import Request
     from fastapi.responses import JSONResponse, Response
 
-    async def metrics_page() -> Response:
+    async def metrics_page(http: Request) -> Response:
+        if "*" not in http.scope[KEY].models:
+            raise ApiError(403, "This token may not see the metrics of all models.", type="permission_error")
         page, kind = metrics.page()
         return Response(page, media_type=kind)
 

@@ -176,6 +176,11 @@ class Engine:
         """Most requests that can be there."""
         return self._max_concurrent + self._max_waiting
 
+    @property
+    def most_of_one(self) -> int:
+        """Most requests of one adapter that can be there."""
+        return self._max_concurrent + (self._max_waiting + 1) // 2
+
     def submit(self, job: Job, emit: Callable[[Piece], None]) -> Slot:
         """`submit_all` of one."""
         return self.submit_all([job], [emit])[0]
@@ -204,7 +209,7 @@ class Engine:
         if self.num_live + len(jobs) > self.capacity:
             raise BusyError(f"{self.num_live} requests are there; {allowed}")
         own = sum(slot.job.adapter == jobs[0].adapter for slot in [*self._slots, *self._waiting])
-        if own + len(jobs) > self._max_concurrent + (self._max_waiting + 1) // 2:
+        if own + len(jobs) > self.most_of_one:
             raise BusyError(f"{own} requests of this model are there; {allowed}, half of them for one model")
 
     def close(self) -> None:
@@ -217,11 +222,18 @@ class Engine:
     def _work(self) -> None:
         import torch
 
-        with torch.inference_mode():
-            while not self._closed:
-                self._round()
-        for slot in [*self._slots, *self._waiting]:
-            self._end(slot, Piece("", slot.produced, "cancelled"))
+        try:
+            with torch.inference_mode():
+                while not self._closed:
+                    self._round()
+        except BaseException:
+            logger.exception("the engine ends")
+            raise
+        finally:
+            with self._changed:
+                self._closed = True
+            for slot in [*self._slots, *self._waiting]:
+                self._emit(slot, Piece("", slot.produced, "cancelled"))
 
     def _round(self) -> None:
         """One pass over what is next of everybody who has a slot."""

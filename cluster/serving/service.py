@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -25,6 +26,9 @@ from cluster.serving.store import AdapterStore, FullError, Lease, RefusedError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# A child of Serve's logger, so that inside a replica its lines reach the replica's log file.
+logger = logging.getLogger("ray.serve.rankline")
 
 _COMPLETION_DEFAULT_TOKENS = 16  # OpenAI's default of /v1/completions
 _RETRY_AFTER_S = 1
@@ -118,7 +122,8 @@ class Service:
         limits = int(config.adapter_mib * 2**20), int(config.host_adapter_mib * 2**20)
         self.store = AdapterStore(model, source, base_facts or {}, *limits)
         self.created = int(time.time())
-        source.watch(self.store.prefetch)
+        self._loading = 0
+        source.watch(self.store.follow)
 
     @classmethod
     def load(cls, spec: ServeSpec, config: ServeConfig) -> Service:
@@ -184,27 +189,40 @@ class Service:
         """Use a version; waits while it is loaded, which holds nobody else up."""
         if version is None:
             return Lease(self._base)
-        give_up, again = time.monotonic() + _ROOM_WAIT_S, False
+        if self._loading >= self._engine.capacity:
+            raise _busy(f"{self._loading} requests wait for their adapters")
+        self._loading += 1
         try:
-            while True:
-                try:
-                    found = self.store.ask(version, again)
-                    if isinstance(found, Lease):
-                        return found
-                    # Shielded: one client that leaves must not end the load for the others.
-                    await asyncio.shield(asyncio.wrap_future(found))
-                except FullError:
-                    if time.monotonic() > give_up:
-                        raise
-                    await asyncio.sleep(_ROOM_POLL_S)
-                again = True
+            return await asyncio.wait_for(self._when_there(version), self._config.request_timeout_s)
         except RefusedError as error:
             raise _refused(error) from error
         except FullError as error:
-            raise _busy(str(error)) from error
-        except ServeError as error:
-            message, wait = f"The model cannot be loaded now: {error}", {"Retry-After": str(_RETRY_AFTER_S)}
+            raise _busy("all adapters that there is room for are in use") from error
+        except (ServeError, TimeoutError) as error:
+            logger.warning("load %s: %s", version.id, error or "it took too long")
+            message, wait = (
+                "The model cannot be loaded now; see the replica's log.",
+                {"Retry-After": str(_RETRY_AFTER_S)},
+            )
             raise ApiError(503, message, type="server_error", code="adapter_unavailable", headers=wait) from error
+        finally:
+            self._loading -= 1
+
+    async def _when_there(self, version: Version) -> Lease:
+        """A lease, once the version is loaded and has room."""
+        give_up, again = time.monotonic() + _ROOM_WAIT_S, False
+        while True:
+            try:
+                found = self.store.ask(version, again)
+                if isinstance(found, Lease):
+                    return found
+                # Shielded: one client that leaves must not end the load for the others.
+                await asyncio.shield(asyncio.wrap_future(found))
+            except FullError:
+                if time.monotonic() > give_up:
+                    raise
+                await asyncio.sleep(_ROOM_POLL_S)
+            again = True
 
     async def chat(self, request: ChatRequest) -> Generation:
         """Start a chat completion."""
@@ -234,10 +252,7 @@ class Service:
         given = prompt[0] if isinstance(prompt, list) and isinstance(prompt[0], str) else prompt
         if isinstance(given, str):
             return self._text_ids(given)
-        tokens = [int(token) for token in given]
-        if max(tokens) >= self._vocab_size:
-            raise ApiError(400, f"A token id is not below {self._vocab_size}.", param="prompt", code="invalid_value")
-        return tokens
+        return [int(token) for token in given]
 
     def _text_ids(self, text: str) -> list[int]:
         with self._lock:
@@ -251,8 +266,10 @@ class Service:
         self, request: GenerationRequest, version: Version | None, prompt: list[int], default: int | None, param: str
     ) -> Generation:
         max_tokens = self._limit(request, len(prompt), default, param)
-        if (request.n or 1) > self._engine.capacity:
-            most = self._engine.capacity
+        if max(prompt) >= self._vocab_size:
+            raise ApiError(400, f"A token id is not below {self._vocab_size}.", param=param, code="invalid_value")
+        most = self._engine.most_of_one
+        if (request.n or 1) > most:
             raise ApiError(400, f"n is {request.n}; this endpoint allows {most}.", param="n", code="invalid_value")
         sampling = Sampling(
             temperature=1.0 if request.temperature is None else request.temperature,

@@ -20,9 +20,15 @@ class ForeignAdapterError(ServeError):
 
 @dataclass(frozen=True)
 class Version:
-    """One immutable version of an adapter: what lies under an `id` never changes."""
+    """One immutable version of an adapter: what lies under both fields never changes.
+
+    Attributes:
+        id: that people know it by; a registry may give the id of a deleted version to another one.
+        content: tells such versions apart.
+    """
 
     id: str
+    content: str = ""
 
 
 class AdapterSource(Protocol):
@@ -49,8 +55,12 @@ class AdapterSource(Protocol):
         """
         ...
 
-    def watch(self, moved: Callable[[Version], None]) -> None:
-        """Follow changes from now on; `moved` is called, on any thread, with what a known id stands for anew."""
+    def discard(self, version: Version) -> None:
+        """The copy that `fetch` gave is damaged: fetch it anew the next time."""
+        ...
+
+    def watch(self, moved: Callable[[Version, Version], None]) -> None:
+        """Follow changes from now on; `moved` is called, on any thread, with what an id stood for and what it does."""
         ...
 
     def close(self) -> None:
@@ -83,7 +93,10 @@ class FixedSource:
         """The directory."""
         return Path(self.adapters[version.id])
 
-    def watch(self, moved: Callable[[Version], None]) -> None:
+    def discard(self, version: Version) -> None:
+        """There is no copy."""
+
+    def watch(self, moved: Callable[[Version, Version], None]) -> None:
         """Nothing ever changes."""
 
     def close(self) -> None:

@@ -194,12 +194,13 @@ class BatchedSteps:
         self._extra = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
     def step(self, chunks: Sequence[Chunk]) -> list[Tensor]:
-        """See `Steps`: the chunks of one token share a pass, each of the others has its own."""
+        """See `Steps`: single tokens after the first share a pass, each of the other chunks has its own."""
         for chunk in chunks:
             if self._rows.open(chunk.request):
                 self._cache.clear(self._rows.of(chunk.request))
-        found = {chunk.request: self._read(chunk) for chunk in chunks if len(chunk.tokens) > 1}
-        single = [chunk for chunk in chunks if len(chunk.tokens) == 1]
+        # A request's first chunk makes its row of the cache, however short it is.
+        single = [chunk for chunk in chunks if len(chunk.tokens) == 1 and chunk.start > 0]
+        found = {chunk.request: self._read(chunk) for chunk in chunks if chunk not in single}
         if single:
             found |= self._decode(single)
         return [found[chunk.request] for chunk in chunks]

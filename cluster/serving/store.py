@@ -118,13 +118,14 @@ class AdapterStore:
         self._limit_bytes, self._host_bytes = limit_bytes, host_bytes
         self._on_host = model.device.type == "cpu"
         self._names = (f"adapter{number}" for number in itertools.count())
-        self._entries: OrderedDict[str, _Entry] = OrderedDict()
-        self._host: OrderedDict[str, _Files] = OrderedDict()
-        self._loading: dict[str, Future[None]] = {}
-        self._refused: dict[str, tuple[float, RefusedError]] = {}
+        self._entries: OrderedDict[Version, _Entry] = OrderedDict()
+        self._host: OrderedDict[Version, _Files] = OrderedDict()
+        self._loading: dict[Version, Future[None]] = {}
+        self._refused: dict[Version, tuple[float, str]] = {}
         self._lock = threading.Lock()
         self._reserved = 0
-        self._sizes: dict[str, int] = {}
+        self._closed = False
+        self._sizes: dict[Version, int] = {}
         self._counted = {"hits": 0, "misses": 0, "evictions": 0}
         self._load_seconds = 0.0
         self._loaders = ThreadPoolExecutor(_LOADERS, "rankline-adapters")
@@ -141,13 +142,13 @@ class AdapterStore:
             FullError: no room for it now; its load may raise it too.
         """
         with self._lock:
-            entry = self._entries.get(version.id)
+            entry = self._entries.get(version)
             if not again:
                 self._counted["hits" if entry is not None else "misses"] += 1
             if entry is None:
                 return self._begin(version)
             entry.leases += 1
-            self._entries.move_to_end(version.id)
+            self._entries.move_to_end(version)
             return Lease(entry.name, lambda: self._give_back(entry))
 
     def lease(self, version: Version) -> Lease:
@@ -163,13 +164,15 @@ class AdapterStore:
             found = self.ask(version, again=True)
         return found
 
-    def prefetch(self, version: Version) -> None:
-        """Begin to load a version, if it is not there; failures are logged."""
+    def follow(self, before: Version, now: Version) -> None:
+        """An id stands for another version: load it beforehand, if the one before is in use here. Never raises."""
         with self._lock:
-            if version.id in self._entries or version.id in self._loading or version.id in self._refused:
+            if before not in self._entries or now in self._entries or now in self._loading:
                 return
-            future = self._begin(version)
-        future.add_done_callback(_log_failure)
+            try:
+                self._begin(now).add_done_callback(_log_failure)
+            except (ServeError, RuntimeError) as error:
+                logger.warning("load an adapter beforehand: %s", error)
 
     def counts(self) -> Counts:
         """For the metrics page."""
@@ -178,8 +181,10 @@ class AdapterStore:
             return Counts(len(self._entries), held, self._limit_bytes, **self._counted, load_seconds=self._load_seconds)
 
     def close(self) -> None:
-        """Stop loading."""
-        self._loaders.shutdown(wait=False, cancel_futures=True)
+        """Stop loading; from now on nothing that is not there can be had."""
+        with self._lock:
+            self._closed = True
+        self._loaders.shutdown(wait=False)
 
     def _give_back(self, entry: _Entry) -> None:
         with self._lock:
@@ -187,31 +192,35 @@ class AdapterStore:
 
     def _begin(self, version: Version) -> Future[None]:
         """The running or a new load of a version; the lock is held."""
-        refused = self._refused.get(version.id)
+        refused = self._refused.get(version)
         if refused is not None:
             if time.monotonic() < refused[0]:
-                raise refused[1]
-            del self._refused[version.id]
-        if version.id in self._sizes:
-            self._leaving(self._sizes[version.id])  # raises before anything is read
-        if version.id not in self._loading:
-            self._loading[version.id] = self._loaders.submit(self._load, version)
-        return self._loading[version.id]
+                raise RefusedError(refused[1])
+            del self._refused[version]
+        if self._closed:
+            raise ServeError("the adapter store is closed")
+        if version in self._sizes:
+            self._leaving(self._sizes[version])  # raises before anything is read
+        if version not in self._loading:
+            self._loading[version] = self._loaders.submit(self._load, version)
+        return self._loading[version]
 
     def _load(self, version: Version) -> None:
         began = time.monotonic()
         try:
             with self._lock:
-                files = self._host.pop(version.id, None)
+                files = self._host.pop(version, None)
             files = files or self._read(version)
             self._attach(version, files)
         except RefusedError as error:
             with self._lock:
-                self._refused[version.id] = time.monotonic() + _REFUSED_S, error
+                # The text alone: the error holds the frames that it came through, and they the tensors.
+                self._refused[version] = time.monotonic() + _REFUSED_S, str(error)
+            error.__traceback__ = error.__cause__ = error.__context__ = None
             raise
         finally:
             with self._lock:
-                self._loading.pop(version.id, None)
+                self._loading.pop(version, None)
                 self._load_seconds += time.monotonic() - began
 
     def _read(self, version: Version) -> _Files:
@@ -224,8 +233,10 @@ class AdapterStore:
             adapters = load_adapter(directory, self._base_facts)
             saved = load_saved_modules(directory) if read_config(directory).get("modules_to_save") else {}
         except (AdapterError, RefusedError) as error:
-            raise RefusedError(str(error)) from error
+            self._source.discard(version)
+            raise RefusedError(str(error).replace(str(directory), version.id)) from error
         except Exception as error:  # whatever else strange files lead to
+            self._source.discard(version)
             logger.exception("load adapter %s", version.id)
             raise RefusedError(f"load adapter {version.id}: its files are damaged ({type(error).__name__}).") from error
         for adapter in adapters.values():
@@ -234,16 +245,31 @@ class AdapterStore:
 
     def _attach(self, version: Version, files: _Files) -> None:
         """Make room, and give the model's layers the adapter under a name that was never used before."""
-        from lowrank.errors import AdapterError
-        from lowrank.inject import Ready
+        import torch
 
-        device = self._model.device
-        moved = files.adapters if self._on_host else {n: adapter.to(device) for n, adapter in files.adapters.items()}
-        ready = {module: Ready.of(adapter) for module, adapter in moved.items()}
+        from lowrank.errors import AdapterError
+        from lowrank.inject import Ready, bytes_of
+
+        try:
+            device = self._model.device
+            moved = files.adapters if self._on_host else {n: own.to(device) for n, own in files.adapters.items()}
+            ready = {module: Ready.of(adapter) for module, adapter in moved.items()}
+            self._residents.check(ready, files.saved)
+        except (AdapterError, IndexError, ValueError) as error:
+            raise RefusedError(f"load adapter {version.id}: {error}") from error
+        except RuntimeError as error:  # torch, where factors do not fit each other
+            if isinstance(error, torch.OutOfMemoryError):
+                raise FullError(f"load adapter {version.id}: the device has no memory for it now.") from error
+            raise RefusedError(f"load adapter {version.id}: its tensors do not fit each other.") from error
         copies = sum(tensor.nbytes for named in files.saved.values() for tensor in named.values())
-        num_bytes = copies + sum(one.num_bytes for one in ready.values())
+        num_bytes = copies + bytes_of(ready.values())
+        if num_bytes > self._limit_bytes:
+            raise RefusedError(
+                f"load adapter {version.id}: it takes {num_bytes / 2**20:.1f} MiB, and serve.adapter_mib allows "
+                f"{self._limit_bytes / 2**20:.1f} MiB for all adapters together."
+            )
         with self._lock:
-            self._sizes[version.id] = num_bytes
+            self._sizes[version] = num_bytes
             for gone in self._leaving(num_bytes):
                 self._evict(gone)
             self._reserved += num_bytes
@@ -252,15 +278,13 @@ class AdapterStore:
         try:
             self._residents.add(name, ready, files.saved)
             entry = _Entry(name, num_bytes)
-        except AdapterError as error:
-            raise RefusedError(f"load adapter {version.id}: {error}") from error
         finally:
             with self._lock:
                 self._reserved -= num_bytes
                 if entry is not None:  # only now can a request find it
-                    self._entries[version.id] = entry
+                    self._entries[version] = entry
 
-    def _leaving(self, num_bytes: int) -> list[str]:
+    def _leaving(self, num_bytes: int) -> list[Version]:
         """What must go to make room: used least recently and not in use. The lock is held.
 
         Raises:
@@ -268,11 +292,11 @@ class AdapterStore:
         """
         free = self._limit_bytes - self._reserved - sum(entry.num_bytes for entry in self._entries.values())
         gone = []
-        for version_id, entry in self._entries.items():
+        for version, entry in self._entries.items():
             if free >= num_bytes:
                 break
             if entry.leases == 0:
-                gone.append(version_id)
+                gone.append(version)
                 free += entry.num_bytes
         if free < num_bytes:
             raise FullError(
@@ -281,8 +305,8 @@ class AdapterStore:
             )
         return gone
 
-    def _evict(self, version_id: str) -> None:
-        entry = self._entries.pop(version_id)
+    def _evict(self, version: Version) -> None:
+        entry = self._entries.pop(version)
         adapters, saved = self._residents.remove(entry.name)
         self._counted["evictions"] += 1
         if self._on_host or entry.num_bytes > self._host_bytes:
@@ -290,7 +314,7 @@ class AdapterStore:
         for adapter in adapters.values():
             adapter.to("cpu")
         kept = {name: {key: t.cpu() for key, t in copy.state_dict().items()} for name, copy in saved.items()}
-        self._host[version_id] = _Files(adapters, kept)
+        self._host[version] = _Files(adapters, kept)
         while sum(files.num_bytes for files in self._host.values()) > self._host_bytes:
             self._host.popitem(last=False)
 

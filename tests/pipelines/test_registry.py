@@ -46,6 +46,10 @@ def register(tracker: Tracker, tmp_path: Path, name: str, text: str, **tags: str
         return tracker.register(name, bundle, known | tags, "champion", lambda _: "not by itself").version
 
 
+def resolved(source: RegistrySource, model_id: str) -> str:
+    return source.resolve(model_id).id
+
+
 def source_of(tracker: Tracker, tmp_path: Path, **more: Any) -> RegistrySource:
     return RegistrySource(tracker.uri, tmp_path / "served", FACTS, "champion", refresh_s=0.05, **more)
 
@@ -59,9 +63,10 @@ def test_ids_of_this_base_are_known_and_others_are_refused(tracker: Tracker, tmp
     tracker._client.set_registered_model_alias("qa", "next", "3")
     source = pickle.loads(pickle.dumps(source_of(tracker, tmp_path)))
     assert source.model_ids() == ("qa", "qa:1", "qa:2", "qa@champion")
-    assert source.resolve("qa") == source.resolve("qa@champion") == source.resolve("qa:1") == Version("qa:1")
+    assert source.resolve("qa") == source.resolve("qa@champion") == source.resolve("qa:1")
+    assert resolved(source, "qa") == "qa:1"
     for model_id in ("qa:3", "other:1", "other"):
-        with pytest.raises(ForeignAdapterError, match=r"other base|another base"):
+        with pytest.raises(ForeignAdapterError, match="over another base"):
             source.resolve(model_id)
     for model_id in ("qa:9", "qa@nobody", "../qa", "qa:1/..", ""):
         with pytest.raises(UnknownAdapterError):
@@ -75,7 +80,8 @@ def test_only_the_two_files_of_a_version_are_copied_and_never_replaced(tracker: 
     assert copy.parent == tmp_path / "served"
     assert sorted(path.name for path in copy.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     (copy / "adapter_config.json").write_text("in use")
-    assert source_of(tracker, tmp_path).fetch(Version("q'a ..:1")) == copy
+    again = source_of(tracker, tmp_path)
+    assert again.fetch(again.resolve("q'a ..:1")) == copy
     assert (copy / "adapter_config.json").read_text() == "in use"
     assert [path.name for path in (tmp_path / "served").iterdir()] == [copy.name]
     with pytest.raises(ServeError, match="has it no more"):
@@ -86,8 +92,9 @@ def test_files_that_are_gone_are_told(tracker: Tracker, tmp_path: Path) -> None:
     register(tracker, tmp_path, "qa", "one")
     for path in (tmp_path / "store" / "_mlflow" / "artifacts").rglob("adapter_model.safetensors"):
         path.unlink()
+    source = source_of(tracker, tmp_path)
     with pytest.raises(ServeError, match="fetch qa:1"):
-        source_of(tracker, tmp_path).fetch(Version("qa:1"))
+        source.fetch(source.resolve("qa"))
     assert list((tmp_path / "served").iterdir()) == []
 
 
@@ -96,14 +103,19 @@ def test_a_moved_alias_is_followed_and_told(tracker: Tracker, tmp_path: Path) ->
         register(tracker, tmp_path, "qa", text)
     tracker._client.set_registered_model_alias("qa", "champion", "1")
     source, moved = source_of(tracker, tmp_path), []
-    assert source.resolve("qa") == Version("qa:1")
-    source.watch(moved.append)
+    assert resolved(source, "qa") == "qa:1"
+
+    def follow(before: Version, now: Version) -> None:
+        moved.append((before.id, now.id))
+        raise ServeError("whatever goes wrong there, aliases are followed on")
+
+    source.watch(follow)
     try:
         tracker._client.set_registered_model_alias("qa", "champion", "2")
-        until(lambda: source.resolve("qa") == Version("qa:2"))
-        until(lambda: moved == [Version("qa:2")] * 2)  # the bare name and the alias
+        until(lambda: resolved(source, "qa") == "qa:2")
+        until(lambda: moved == [("qa:1", "qa:2")])
         tracker._client.set_registered_model_alias("qa", "champion", "1")
-        until(lambda: source.resolve("qa@champion") == Version("qa:1"))
+        until(lambda: resolved(source, "qa@champion") == "qa:1")
         register(tracker, tmp_path, "qa", "three")
         until(lambda: "qa:3" in source.model_ids())
         tracker._client.delete_model_version("qa", "3")
@@ -117,17 +129,17 @@ def test_a_registry_that_fails_leaves_what_was_known(
 ) -> None:
     register(tracker, tmp_path, "qa", "one")
     source = source_of(tracker, tmp_path)
-    assert source.resolve("qa") == Version("qa:1")
+    assert resolved(source, "qa") == "qa:1"
 
     def fail(_: Any) -> Any:
         raise TrackingError("the server is down")
 
     monkeypatch.setattr(RegistryReader, "models", fail)
     caplog.set_level("WARNING", logger="ray.serve.rankline")
-    source.watch(lambda _: None)
+    source.watch(lambda *_: None)
     until(lambda: "what was known is served on" in caplog.text)
     source.close()
-    assert source.resolve("qa") == Version("qa:1")
+    assert resolved(source, "qa") == "qa:1"
     with pytest.raises(ServeError, match="the server is down"):
         source_of(tracker, tmp_path).model_ids()
 
@@ -143,3 +155,67 @@ def test_a_canary_gets_its_share_of_the_bare_name_alone(tracker: Tracker, tmp_pa
     counted = Counter(source.resolve("qa").id for _ in range(2000))
     assert 480 < counted["qa:2"] < 720  # six standard deviations
     assert {source.resolve("qa@champion").id for _ in range(200)} == {"qa:1"}
+
+
+def test_a_name_whose_alias_is_for_another_base_stands_for_nothing_here(tracker: Tracker, tmp_path: Path) -> None:
+    register(tracker, tmp_path, "qa", "one")
+    register(tracker, tmp_path, "qa", "two", **{"rankline.key.quantize": "another"})
+    tracker._client.set_registered_model_alias("qa", "champion", "2")
+    source = source_of(tracker, tmp_path)
+    with pytest.raises(ForeignAdapterError, match="it stands for qa:2: it was trained over another base"):
+        source.resolve("qa")
+    assert source.model_ids() == ("qa:1",)
+
+
+def test_names_that_would_stand_for_something_else_are_left_out(tracker: Tracker, tmp_path: Path) -> None:
+    for index, name in enumerate(("qa@champion", "base", "qa")):
+        register(tracker, tmp_path, name, f"text{index}")
+    assert source_of(tracker, tmp_path, reserved="base").model_ids() == ("qa", "qa:1")
+
+
+def test_a_version_that_was_deleted_and_made_again_is_another_one(tracker: Tracker, tmp_path: Path) -> None:
+    register(tracker, tmp_path, "qa", "one")
+    source = source_of(tracker, tmp_path)
+    first = source.resolve("qa:1")
+    old = source.fetch(first)
+    tracker._client.delete_registered_model("qa")
+    register(tracker, tmp_path, "qa", "two")
+    source.refresh()
+    second = source.resolve("qa:1")
+    assert second.id == first.id
+    assert second != first
+    assert (source.fetch(second) / "adapter_config.json").read_text() == "two"
+    assert (old / "adapter_config.json").read_text() == "one"
+    with pytest.raises(ServeError, match="has it no more"):
+        source.fetch(first)
+
+
+@pytest.mark.parametrize("elsewhere", ["http://127.0.0.1:9/model", "file:///etc", "{root}/../../.."])
+def test_files_come_from_the_artifacts_of_the_versions_own_run(
+    tracker: Tracker, tmp_path: Path, elsewhere: str
+) -> None:
+    register(tracker, tmp_path, "qa", "one")
+    listed = RegistryReader(tracker.uri).versions("qa")[0]
+    root = tracker._client.get_run(listed.run_id).info.artifact_uri
+    tags = {"rankline.base_sha256": "b", "rankline.key.quantize": "s"}
+    tracker._client.create_model_version("qa", elsewhere.format(root=root), listed.run_id, tags=tags)
+    source = source_of(tracker, tmp_path)
+    with pytest.raises(ServeError, match="not among the artifacts of its run"):
+        source.fetch(source.resolve("qa:2"))
+
+
+def test_a_file_that_is_too_large_is_not_copied(tracker: Tracker, tmp_path: Path) -> None:
+    register(tracker, tmp_path, "qa", "a text of some length")
+    source = source_of(tracker, tmp_path, most_bytes=5)
+    with pytest.raises(ServeError, match="allowed are at most 5"):
+        source.fetch(source.resolve("qa"))
+    assert list((tmp_path / "served").iterdir()) == []
+
+
+def test_a_discarded_copy_is_made_again(tracker: Tracker, tmp_path: Path) -> None:
+    register(tracker, tmp_path, "qa", "one")
+    source = source_of(tracker, tmp_path)
+    version = source.resolve("qa")
+    (source.fetch(version) / "adapter_config.json").write_text("damaged")
+    source.discard(version)
+    assert (source.fetch(version) / "adapter_config.json").read_text() == "one"

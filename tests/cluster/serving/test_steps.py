@@ -184,6 +184,20 @@ def test_long_and_short_chunks_share_a_pass() -> None:
                 torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
 
 
+@pytest.mark.parametrize("kind", [FusedSteps, BatchedSteps])
+def test_a_first_chunk_of_one_token_comes_beside_a_prompt(kind: Any) -> None:
+    model = tiny("llama")
+    steps, alone = kind(model, 2), SingleSteps(model)
+    passes = [
+        [Chunk(0, None, tuple(PROMPT), 0), Chunk(1, None, (5,), 0)],
+        [Chunk(1, None, (6,), 1), Chunk(0, None, (7,), len(PROMPT))],
+    ]
+    with torch.inference_mode():
+        for chunks in passes:
+            for one, other in zip(steps.step(chunks), alone.step(chunks), strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+
+
 def test_a_row_is_clean_for_its_next_request() -> None:
     model = tiny("llama")
     steps = BatchedSteps(model, 2)

@@ -1,5 +1,6 @@
 """The adapter store: loads once, leases, evicts the oldest that nobody uses, and refuses what it must not take."""
 
+import gc
 import json
 import os
 import threading
@@ -13,12 +14,15 @@ import pytest
 import torch
 from serving_samples import make_adapter, make_model
 
+from cluster.errors import ServeError
 from cluster.serving.sources import UnknownAdapterError, Version
 from cluster.serving.store import AdapterStore, FullError, RefusedError
+from lowrank.adapters.lora_xs import LoRAXS
 from lowrank.adapters.peft_format import save_adapter
 from lowrank.config import AdapterConfig
-from lowrank.inject import Mix, adapted_layers, speakers
-from lowrank.resident import make_adaptable
+from lowrank.errors import AdapterError
+from lowrank.inject import Mix, Ready, adapted_layers, speakers
+from lowrank.resident import Residents, make_adaptable
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
 
@@ -27,7 +31,9 @@ class Directory:
     """A source over a directory of adapters, which counts what is fetched and can be made slow."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.fetched, self.gate = root, [], threading.Event()
+        self.root, self.gate = root, threading.Event()
+        self.fetched: list[str] = []
+        self.discarded: list[str] = []
         self.gate.set()
 
     def model_ids(self) -> tuple[str, ...]:
@@ -43,7 +49,10 @@ class Directory:
         assert self.gate.wait(20)
         return self.root / version.id
 
-    def watch(self, moved: Callable[[Version], None]) -> None: ...
+    def discard(self, version: Version) -> None:
+        self.discarded.append(version.id)
+
+    def watch(self, moved: Callable[[Version, Version], None]) -> None: ...
 
     def close(self) -> None: ...
 
@@ -159,16 +168,78 @@ def test_requests_for_one_version_share_a_load_and_hold_nobody_up(store: Adapter
     assert source.fetched.count("a0") == 1
 
 
-def test_prefetched_versions_are_there(store: AdapterStore, source: Directory, engine_log: Any) -> None:
-    store.prefetch(Version("a0"))
-    store.lease(Version("a0")).release()
-    assert source.fetched == ["a0"]
-    (source.root / "a5" / "adapter_config.json").write_text("{")
-    store.prefetch(Version("a5"))
+def until(seen: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 10
-    while "damaged" not in engine_log.text and time.monotonic() < deadline:
+    while not seen():
+        assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert "load an adapter beforehand" in engine_log.text
+
+
+def test_a_version_that_follows_one_in_use_is_loaded_beforehand(
+    store: AdapterStore, source: Directory, engine_log: Any
+) -> None:
+    store.follow(Version("a4"), Version("a5"))
+    assert source.fetched == [], "nobody here asks for it"
+    store.lease(Version("a0")).release()
+    store.follow(Version("a0"), Version("a1"))
+    until(lambda: store.counts().resident == 2)
+    assert source.fetched == ["a0", "a1"]
+    (source.root / "a5" / "adapter_config.json").write_text("{")
+    store.follow(Version("a0"), Version("a5"))
+    until(lambda: "load an adapter beforehand" in engine_log.text)
+    held = [store.lease(Version(name)) for name in ("a0", "a1", "a2")]
+    store.follow(Version("a0"), Version("a3"))  # there is no room: it says so and goes on
+    store.close()
+    store.follow(Version("a0"), Version("a4"))
+    assert len(held) == 3
+
+
+def test_a_closed_store_gives_what_it_has(store: AdapterStore) -> None:
+    store.lease(Version("a0")).release()
+    store.close()
+    store.lease(Version("a0")).release()
+    with pytest.raises(ServeError, match="closed"):
+        store.lease(Version("a1"))
+
+
+def test_the_same_id_with_another_content_is_another_adapter(store: AdapterStore, source: Directory) -> None:
+    first = store.lease(Version("a0", "one"))
+    second = store.lease(Version("a0", "two"))
+    assert first.name != second.name
+    assert source.fetched == ["a0", "a0"]
+
+
+def test_what_can_never_fit_is_refused_and_not_put_off(source: Directory, model: Any) -> None:
+    # Bᵀ lies beside the tensors of a file, so that a file can fit where its adapter does not.
+    store = AdapterStore(model, source, {}, (source.root / "a0" / "adapter_model.safetensors").stat().st_size + 1)
+    with pytest.raises(RefusedError, match=r"serve\.adapter_mib allows .* for all adapters together"):
+        store.lease(Version("a0"))
+    store.close()
+
+
+def test_factors_that_do_not_fit_each_other_never_reach_the_kernel(model: Any) -> None:
+    """Their ranks are told by the one, and would be read from the other."""
+    for a, core, b in (((64, 8), (4, 4), (8, 4)), ((4, 8), (4, 4), (8, 64)), ((4, 8), (4, 4), (9, 4))):
+        adapter = LoRAXS(torch.ones(a), torch.ones(b), torch.ones(core), 1.0)
+        if b != (9, 4):
+            with pytest.raises((AdapterError, RuntimeError), match="low-rank form|cannot be multiplied"):
+                Ready.of(adapter)
+        else:
+            with pytest.raises(AdapterError, match="it is for a 9x8 layer"):
+                Residents(model).check({"model.layers.0.self_attn.q_proj": Ready.of(adapter)}, {})
+
+
+def test_a_refused_version_holds_no_tensors(source: Directory, model: Any) -> None:
+    gc.collect()
+    tensors_before = sum(isinstance(held, torch.Tensor) for held in gc.get_objects())
+    store = AdapterStore(model, source, {}, 2**30)
+    rewrite(source.root / "a0", elsewhere)
+    for _ in range(3):
+        with pytest.raises(RefusedError, match="no linear layer"):
+            store.lease(Version("a0"))
+    gc.collect()
+    assert sum(isinstance(held, torch.Tensor) for held in gc.get_objects()) <= tensors_before
+    store.close()
 
 
 def test_many_threads_never_see_another_adapter(store: AdapterStore, source: Directory, model: Any) -> None:
@@ -244,14 +315,18 @@ def changed(field: str, value: Any) -> Callable[[Path], None]:
     return change
 
 
-def tensors(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Callable[[Path], None]:
+Change = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+
+
+def rewrite(directory: Path, change: Change) -> None:
     from safetensors.torch import load_file, save_file
 
-    def rewrite(directory: Path) -> None:
-        path = directory / "adapter_model.safetensors"
-        save_file(change(load_file(path)), path)
+    path = directory / "adapter_model.safetensors"
+    save_file(change(load_file(path)), path)
 
-    return rewrite
+
+def tensors(change: Change) -> Callable[[Path], None]:
+    return lambda directory: rewrite(directory, change)
 
 
 def with_nan(held: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -298,8 +373,9 @@ def test_hostile_files_are_refused_with_a_reason(
     store = AdapterStore(model, source, {"base_sha256": "ours"}, 2**20)
     damage(source.root / "a0")
     for _ in range(2):
-        with pytest.raises(RefusedError, match=reason):
+        with pytest.raises(RefusedError, match=reason) as caught:
             store.lease(Version("a0"))
+        assert str(source.root) not in str(caught.value), "clients are not told where files lie"
     assert source.fetched == ["a0"], "a refused version is not read again at once"
     store.lease(Version("a1")).release()
     assert store.counts().resident == 1
