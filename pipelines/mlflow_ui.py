@@ -21,7 +21,8 @@ from typing import IO
 
 from cluster.errors import PortError
 from pipelines.errors import TrackingError
-from pipelines.tracking import default_uri, probe
+from pipelines.tracking import default_uri
+from pipelines.tracking_probe import probe
 
 START_S = 120.0
 STOP_S = 10.0

@@ -220,7 +220,8 @@ def _address(config: PipelineConfig) -> Iterator[Exception]:
 
 
 def _tracking(config: PipelineConfig, store: Store) -> Iterator[Exception]:
-    from pipelines.tracking import default_uri, probe
+    from pipelines.tracking import default_uri
+    from pipelines.tracking_probe import probe
 
     try:
         probe(config.register.tracking_uri or default_uri(store.root), embedded=config.register.tracking_uri is None)

@@ -252,7 +252,7 @@ def test_a_port_in_use_for_the_page(case: Case, other_program: int, capsys: pyte
 
 
 def test_mlflow_locked(case: Case, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("pipelines.tracking.LOCK_WAIT_S", 0.1)
+    monkeypatch.setattr("pipelines.tracking_probe.LOCK_WAIT_S", 0.1)
     (case.store / "_mlflow").mkdir()
     database = sqlite3.connect(case.store / "_mlflow" / "mlflow.db", isolation_level=None)
     database.execute("create table runs (a)")

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from pipelines.errors import TrackingError, exit_code
-from pipelines.tracking import RegisteredVersion, Tracker, default_uri, flatten, probe
+from pipelines.tracking import RegisteredVersion, Tracker, default_uri, flatten
+from pipelines.tracking_probe import probe
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +116,7 @@ def test_what_is_missing_is_a_tracking_error(tracker: Tracker) -> None:
 
 
 def test_a_locked_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.tracking.LOCK_WAIT_S", 0.1)
+    monkeypatch.setattr("pipelines.tracking_probe.LOCK_WAIT_S", 0.1)
     path = tmp_path / "_mlflow" / "mlflow.db"
     path.parent.mkdir()
     database = sqlite3.connect(path, isolation_level=None)
