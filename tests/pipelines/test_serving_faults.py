@@ -29,7 +29,7 @@ from cluster.model import ModelSource, build_adapted, load_tokenizer
 from cluster.serving.auth import read_token
 from cluster.serving.deploy import deploy, undeploy
 from cluster.serving.spec import ServeSpec
-from lowrank.inject import Ready, adapted_layers, set_active
+from lowrank.inject import Ready, adapted_layers, bytes_of, set_active
 from pipelines.registry import RegistrySource
 from pipelines.tracking import Tracker
 
@@ -89,7 +89,7 @@ def answers(source: ModelSource, adapters: dict[str, Path]) -> tuple[dict[str, d
                                  pad_token_id=0)  # fmt: skip
             found[name][prompt] = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     name = next(iter(adapters))
-    return found, sum(Ready.of(layer.adapters[name]).num_bytes for _, layer in adapted_layers(model))
+    return found, bytes_of(Ready.of(layer.adapters[name]) for _, layer in adapted_layers(model))
 
 
 @pytest.fixture(scope="module")
