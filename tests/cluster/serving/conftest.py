@@ -1,13 +1,18 @@
 """A tiny Llama with two LoRA adapters, in memory and as the pipeline leaves it on disk."""
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from serving_samples import make_adapter, make_model, make_served, make_tokenizer, write_served_adapter
 
+from cluster.config import ServeConfig
 from cluster.model import ModelSource
+from cluster.serving.service import Service
+from cluster.serving.sources import FixedSource
+from cluster.serving.spec import ServeSpec
 from lowrank.inject import inject
 
 BASE, ONE, TWO = "tiny", "tiny-one.v1", "tiny-two"
@@ -36,6 +41,18 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelSource, dict[
     source = make_served(root / "base")
     ids = enumerate((ONE, TWO), start=1)
     return source, {model_id: str(write_served_adapter(source, root / model_id, seed)) for seed, model_id in ids}
+
+
+@pytest.fixture(scope="module")
+def service(served: tuple[ModelSource, dict[str, str]]) -> Iterator[Service]:
+    """Base and adapters, four requests at a time and none that waits."""
+    source, adapters = served
+    spec = ServeSpec(
+        app_name="test", source=source, base_model_id=BASE, adapters=FixedSource(adapters), required=tuple(adapters)
+    )
+    service = Service.load(spec, ServeConfig(max_new_tokens=200, max_concurrent=4, max_waiting=0))
+    yield service
+    service.close()
 
 
 @pytest.fixture

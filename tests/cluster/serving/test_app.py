@@ -4,7 +4,6 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import pytest
 import torch
 from serving_http import BASE, BEARER, CHAT, COMPLETION, ONE, OWN, ROUTES, TOKEN, TWO, assert_error, call, events, post
 
-from cluster.config import ServeConfig
 from cluster.model import ModelSource, build_adapted
 from cluster.serving.app import create_app
 from cluster.serving.auth import Keyring
@@ -21,20 +19,7 @@ from cluster.serving.decoding import Sampling
 from cluster.serving.engine import Job
 from cluster.serving.protocol import MAX_BODY_BYTES
 from cluster.serving.service import Service
-from cluster.serving.sources import FixedSource
-from cluster.serving.spec import ServeSpec
 from cluster.unpack import unpack_if_room
-
-
-@pytest.fixture(scope="module")
-def service(served: tuple[ModelSource, dict[str, str]]) -> Iterator[Service]:
-    source, adapters = served
-    spec = ServeSpec(
-        app_name="test", source=source, base_model_id=BASE, adapters=FixedSource(adapters), required=tuple(adapters)
-    )
-    service = Service.load(spec, ServeConfig(max_new_tokens=200, max_concurrent=4, max_waiting=0))
-    yield service
-    service.close()
 
 
 @pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": TOKEN}])

@@ -2,11 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
-import pytest
 from serving_http import BASE, BEARER, COMPLETION, ONE, OWN, TOKEN, TWO, assert_error, call, post
 
 from cluster.config import ServeConfig
@@ -16,17 +14,6 @@ from cluster.serving.auth import Key, Keyring
 from cluster.serving.service import Service
 from cluster.serving.sources import FixedSource
 from cluster.serving.spec import ServeSpec
-
-
-@pytest.fixture(scope="module")
-def service(served: tuple[ModelSource, dict[str, str]]) -> Iterator[Service]:
-    source, adapters = served
-    spec = ServeSpec(
-        app_name="test", source=source, base_model_id=BASE, adapters=FixedSource(adapters), required=tuple(adapters)
-    )
-    service = Service.load(spec, ServeConfig(max_new_tokens=200, max_concurrent=4, max_waiting=0))
-    yield service
-    service.close()
 
 
 def test_a_token_uses_its_own_models_at_its_own_rate(service: Service) -> None:
