@@ -2,94 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import groupby
+from collections.abc import Iterator, Mapping
 from typing import Any
+from weakref import WeakSet
 
-import torch
 from torch import Tensor, nn
 
 from lowrank.adapters.base import Adapter
 from lowrank.errors import AdapterError
-from lowrank.kernels.grouped import GroupedPairs
-from lowrank.kernels.kronecker import Factors, GroupedKroneckers
-
-#: Ranks, and numbers over those of the adapter, up to which a change that is a pair B A is kept as one for a `Mix`.
-_MOST_RANKS, _MOST_NUMBERS = 128, 4
-#: Tokens side by side of one adapter that it takes by itself: libraries are fast at so many.
-_RUN = 16
-
-
-@dataclass(frozen=True, eq=False)
-class Mix:
-    """One adapter (None: the bare base) for every token of a batch; a layer that has no such adapter stays bare."""
-
-    names: tuple[str | None, ...]
-
-    @cached_property
-    def rows(self) -> dict[str, list[int]]:
-        """The rows of every adapter that speaks."""
-        found: dict[str, list[int]] = {}
-        for row, name in enumerate(self.names):
-            if name is not None:
-                found.setdefault(name, []).append(row)
-        return found
-
-    @cached_property
-    def parts(self) -> dict[str, tuple[list[slice], list[int]]]:
-        """The same as runs of at least `_RUN` rows, and the others one by one."""
-        found: dict[str, tuple[list[slice], list[int]]] = {}
-        for name, rows in self.rows.items():
-            runs, others = found.setdefault(name, ([], []))
-            for _, group in groupby(enumerate(rows), lambda pair: pair[1] - pair[0]):
-                own = [row for _, row in group]
-                if len(own) < _RUN:
-                    others += own
-                else:
-                    runs.append(slice(own[0], own[-1] + 1))
-        return found
-
-
-@dataclass(frozen=True, eq=False)
-class Ready:
-    """An adapter with all that a `Mix` needs of it made beforehand."""
-
-    adapter: Adapter
-    pair: tuple[Tensor, Tensor] | None
-    kronecker: Factors | None
-
-    @classmethod
-    def of(cls, adapter: Adapter) -> Ready:
-        """Make it."""
-        pair = _pair_of(adapter)
-        factors = adapter.kronecker() if pair is None else None
-        return cls(adapter, pair, None if factors is None else GroupedKroneckers.prepared(factors))
-
-    def tensors(self) -> list[Tensor]:
-        """Of the adapter, and what was made of them."""
-        made = (*(self.pair or ()), *(self.kronecker or ()))
-        return [*self.adapter.parameters(), *self.adapter.buffers(), *made]
-
-
-def bytes_of(ready: Iterable[Ready]) -> int:
-    """Bytes of adapters; what they share counts once."""
-    return sum({tensor.data_ptr(): tensor.nbytes for one in ready for tensor in one.tensors()}.values())
-
-
-def _pair_of(adapter: Adapter) -> tuple[Tensor, Tensor] | None:
-    """A (r, n) and Bᵀ (r, m) of an adapter whose change is B A at few more numbers than its own, or None."""
-    if 0 in adapter.shape:  # PEFT's VeRA, which learns n from its first input
-        return None
-    form = adapter.low_rank() if adapter.export == "exact" else None
-    if form is not None and (form[0].shape[1] != len(form[1]) or (len(form[0]), form[1].shape[1]) != adapter.shape):
-        shapes = [tuple(part.shape) for part in form]
-        raise AdapterError(f"its low-rank form is {shapes}, of a change of shape {adapter.shape}.")
-    own = sum(tensor.numel() for tensor in (*adapter.parameters(), *adapter.buffers()))
-    if form is None or len(form[1]) > _MOST_RANKS or sum(p.numel() for p in form) > _MOST_NUMBERS * own:
-        return None
-    return form[1].detach().contiguous(), form[0].detach().T.contiguous()
+from lowrank.mixing import Mix, MixedLayers, Ready
 
 
 class AdaptedLinear(nn.Module):
@@ -105,8 +26,8 @@ class AdaptedLinear(nn.Module):
         self.active: str | Mix | None = active
         self._kept: Tensor | None = None
         self._ready: dict[str, Ready] = {}
-        self._prepared: tuple[Mix, list[GroupedPairs | GroupedKroneckers], list[tuple[str, slice | Tensor]]] | None
-        self._prepared = None
+        self._mixed: MixedLayers | None = None
+        self.mixers: WeakSet[MixedLayers] = WeakSet()
 
     def forward(self, x: Tensor) -> Tensor:
         """y (..., m) for x (..., n); what the base says where the active adapter does not change this layer."""
@@ -114,7 +35,9 @@ class AdaptedLinear(nn.Module):
         if self.active is None or self._kept is not None:
             return y
         if isinstance(self.active, Mix):
-            self.mix_into(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), self.active)
+            if self._mixed is None:
+                self._mixed = MixedLayers([self], [y.shape[-1]])
+            self._mixed.change(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), self.active)
             return y
         if self.active not in self.adapters:
             return y
@@ -125,65 +48,28 @@ class AdaptedLinear(nn.Module):
         """Take in an adapter; other threads may use the other ones meanwhile."""
         self._ready[name] = ready
         self.adapters[name] = ready.adapter
+        self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        for mixer in list(self.mixers):
+            mixer.forget(name)
 
     def remove(self, name: str) -> Adapter:
         """Give an adapter away that nobody uses."""
         adapter = self.adapters.pop(name)
         assert isinstance(adapter, Adapter)
         self._ready.pop(name, None)
-        self._prepared = None
+        self._forget(name)
         return adapter
 
-    def mix_into(self, y: Tensor, x: Tensor, mix: Mix) -> None:
-        """Change what the base made of x (rows, n), y (rows, m), in place, each row by its own adapter.
-
-        Raises:
-            AdapterError: the mix is of other rows.
-        """
-        if len(x) != len(mix.names):
-            raise AdapterError(f"mix adapters: {len(x)} rows came to a layer, the mix is of {len(mix.names)}.")
-        prepared = self._prepared
-        if prepared is None or prepared[0] is not mix:
-            prepared = self._prepared = (mix, *self._prepare(mix, x))
-        _, grouped, others = prepared
-        for name, rows in others:
-            y[rows] = self.adapters[name](x[rows], y[rows], self.base)
-        for group in grouped:
-            group.add_to(y, x)
-
-    def _prepare(
-        self, mix: Mix, x: Tensor
-    ) -> tuple[list[GroupedPairs | GroupedKroneckers], list[tuple[str, slice | Tensor]]]:
-        """What takes all low-rank pairs, and all Kronecker factors, at once; and the other adapters with their rows."""
-        pairs, parts, factors, tokens = [], [], [], []
-        others: list[tuple[str, slice | Tensor]] = []
-        for name, (runs, rows) in mix.parts.items():
-            if name not in self.adapters:
-                continue
-            ready = self._made(name)
-            if ready.pair is not None:
-                pairs.append(ready.pair)
-                parts.append((runs, rows))
-                continue
-            others += [(name, run) for run in runs]
-            if rows and ready.kronecker is not None and GroupedKroneckers.fits(x):
-                factors.append(ready.kronecker)
-                tokens.append(rows)
-            elif rows:
-                others.append((name, torch.tensor(rows, device=x.device)))
-        grouped: list[GroupedPairs | GroupedKroneckers] = []
-        if pairs:
-            grouped.append(GroupedPairs(pairs, parts))
-        if factors:
-            grouped.append(GroupedKroneckers(factors, tokens))
-        return grouped, others
-
-    def _made(self, name: str) -> Ready:
-        """`Ready.of` an adapter, made once."""
+    def ready(self, name: str) -> Ready | None:
+        """What a `Mix` needs of an adapter, made once; None where this layer has none of that name."""
+        if name not in self.adapters:
+            return None
         if name not in self._ready:
             adapter = self.adapters[name]
             assert isinstance(adapter, Adapter)
-            self._ready[name] = Ready.of(adapter)
+            self._ready[name] = Ready.of(adapter, self.base)
         return self._ready[name]
 
     def merge(self) -> None:

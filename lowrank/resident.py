@@ -14,13 +14,13 @@ from lowrank.adapters.base import Adapter
 from lowrank.errors import AdapterError
 from lowrank.inject import (
     AdaptedLinear,
-    Ready,
     SavedModule,
     adapted_layers,
     check_shapes,
     replace_module,
     saved_modules,
 )
+from lowrank.mixing import Ready
 from lowrank.saved_modules import saved_copy
 
 
@@ -62,8 +62,8 @@ class Residents:
         """Args: model: as `make_adaptable` left it."""
         self._layers, self._wholes = dict(adapted_layers(model)), dict(saved_modules(model))
 
-    def check(self, adapters: Mapping[str, Ready], saved: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """See whether the model can take an adapter.
+    def ready(self, adapters: Mapping[str, Adapter], saved: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Ready]:
+        """An adapter made ready, if the model can take it.
 
         Args:
             adapters: by module; the other layers stay bare.
@@ -72,12 +72,12 @@ class Residents:
         Raises:
             AdapterError: a module is not there, has another shape, or can take no copy.
         """
-        for module, ready in adapters.items():
+        for module, adapter in adapters.items():
             if module not in self._layers:
                 raise AdapterError(
                     f"add adapter: the model has no linear layer {module!r}. Load it onto its own model."
                 )
-            check_shapes(module, self._layers[module].base, {"": ready.adapter})
+            check_shapes(module, self._layers[module].base, {"": adapter})
         missing = sorted(set(saved) - set(self._wholes))
         if missing:
             raise AdapterError(
@@ -86,9 +86,10 @@ class Residents:
             )
         for module, named in saved.items():
             saved_copy(module, self._wholes[module].base, named)
+        return {module: Ready.of(adapter, self._layers[module].base) for module, adapter in adapters.items()}
 
     def add(self, name: str, adapters: Mapping[str, Ready], saved: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Give the model an adapter that `check` found fit, under a name that no adapter of it has."""
+        """Give the model an adapter that is `ready`, under a name that none of it has."""
         for module, named in saved.items():
             made = saved_copy(module, self._wholes[module].base, named)
             self._wholes[module].copies[name] = made.requires_grad_(False).eval()

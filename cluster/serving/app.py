@@ -38,6 +38,8 @@ PAGE_FILES = {
     "/style.css": ("style.css", "text/css; charset=utf-8"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
+#: Least seconds between events of a stream: each costs every hop on its way, and nobody reads faster.
+_EVENT_INTERVAL_S = 0.04
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -154,16 +156,18 @@ class _Progress:
 async def _events(request: GenerationRequest, generation: Generation, scope: Any) -> AsyncIterator[bytes]:
     """Server-sent events of one answer, ending with `[DONE]`."""
     answer, progress = Answer(request, generation.version), _Progress(scope)
-    extra = {"usage": None} if request.include_usage else {}
+    extra: dict[str, Any] = {"usage": None} if request.include_usage else {}
     for choice in range(request.n or 1):
         opening = answer.opening(choice)
         if opening is not None:
             yield _event(opening | extra)
-    async for choice, piece in generation.pieces():
+    async for choice, piece in generation.gathered(_EVENT_INTERVAL_S):
         progress.note(choice, piece)
         if piece.finish in ("error", "cancelled"):
             yield _event(_failed(generation).body())
             return
+        if request.counts_as_it_goes:
+            extra = {"usage": usage(generation.prompt_tokens, progress.tokens)}
         if piece.text or piece.logprobs:
             yield _event(answer.chunk(choice, replace(piece, finish=None)) | extra)
         if piece.finish is not None:

@@ -58,6 +58,10 @@ class Piece:
     finish: Finish | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
 
+    def followed_by(self, later: Piece) -> Piece:
+        """Both as one."""
+        return replace(later, text=self.text + later.text, logprobs=self.logprobs + later.logprobs)
+
 
 class Slot:
     """One live job: how far it is, its sampler and its text. Only the worker thread touches it, but for `cancel`."""

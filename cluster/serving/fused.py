@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cluster.serving.steps import Chunk, Rows, doubled, grown, mix_of, refuse_unknown, windows_of
-from lowrank.inject import AdaptedLinear, Mix, SavedModule, speakers
+from lowrank.inject import AdaptedLinear, SavedModule, speakers
 from lowrank.linear import few_tokens_linear
+from lowrank.mixing import Mix, MixedLayers
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -47,9 +48,10 @@ class Joined:
         """Args: modules: adapted or not."""
         from torch import nn
 
-        self._adapted = [module if isinstance(module, AdaptedLinear) else None for module in modules]
+        adapted = [module if isinstance(module, AdaptedLinear) else None for module in modules]
         self._bases: list[Any] = [module.base if isinstance(module, AdaptedLinear) else module for module in modules]
         self.sizes = [base.out_features for base in self._bases]
+        self._mixed = MixedLayers(adapted, self.sizes)
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
         if all(isinstance(base, nn.Linear) for base in self._bases):
@@ -80,9 +82,7 @@ class Joined:
         else:
             y = few_tokens_linear(x, self._weight, self._bias)
         if mix is not None:
-            for adapted, part in zip(self._adapted, torch.split(y, self.sizes, dim=-1), strict=True):
-                if adapted is not None:
-                    adapted.mix_into(part, x, mix)
+            self._mixed.change(y, x, mix)
         return y
 
 

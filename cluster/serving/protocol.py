@@ -105,6 +105,7 @@ class StreamOptions(_Lenient):
     """Options of a streamed answer."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
 class GenerationRequest(_Lenient):
@@ -148,6 +149,11 @@ class GenerationRequest(_Lenient):
     def include_usage(self) -> bool:
         """Whether a stream ends with a usage chunk."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def counts_as_it_goes(self) -> bool:
+        """Whether every event of a stream tells the usage so far, as vLLM's option has it."""
+        return self.include_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
 
 
 class ChatRequest(GenerationRequest):

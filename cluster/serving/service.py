@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import logging
+import math
 import threading
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -83,11 +84,34 @@ class Generation:
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
         """Every piece with the number of its choice; the last of a choice has `finish` set."""
-        left = len(self._slots)
+        async for found in self.gathered(0):
+            yield found
+
+    async def gathered(self, interval_s: float) -> AsyncIterator[tuple[int, Piece]]:
+        """The same, what comes within `interval_s` seconds of what was yielded before as one piece per choice."""
+        left, last, begun = len(self._slots), -math.inf, set[int]()
         while left:
-            choice, piece = await self._queue.get()
-            left -= piece.finish is not None
-            yield choice, piece
+            arrived: list[tuple[int, Piece]] = []
+            due = last + interval_s
+            # The first piece of a choice, and the last one of all, wait for nothing.
+            while not arrived or (left and arrived[-1][0] in begun and self._loop.time() < due):
+                wait = due - self._loop.time() if arrived else None
+                try:
+                    arrived.append(await asyncio.wait_for(self._queue.get(), wait))
+                except TimeoutError:
+                    break
+                left -= arrived[-1][1].finish is not None
+            last = self._loop.time()
+            begun |= {choice for choice, _ in arrived}
+            together: dict[int, Piece] = {}
+            for choice, piece in arrived:
+                before = together.pop(choice, None)
+                if before is not None and piece.finish in ("error", "cancelled"):
+                    yield choice, before  # what was said until then
+                    before = None
+                together[choice] = piece if before is None else before.followed_by(piece)
+            for choice, piece in together.items():
+                yield choice, piece
 
 
 class Service:

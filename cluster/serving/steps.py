@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lowrank.inject import Mix, saved_modules, speakers
+from lowrank.inject import saved_modules, speakers
+from lowrank.mixing import Mix
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -248,13 +248,12 @@ class AdapterStore:
         import torch
 
         from lowrank.errors import AdapterError
-        from lowrank.inject import Ready, bytes_of
+        from lowrank.mixing import bytes_of
 
         try:
             device = self._model.device
             moved = files.adapters if self._on_host else {n: own.to(device) for n, own in files.adapters.items()}
-            ready = {module: Ready.of(adapter) for module, adapter in moved.items()}
-            self._residents.check(ready, files.saved)
+            ready = self._residents.ready(moved, files.saved)
         except (AdapterError, IndexError, ValueError) as error:
             raise RefusedError(f"load adapter {version.id}: {error}") from error
         except RuntimeError as error:  # torch, where factors do not fit each other

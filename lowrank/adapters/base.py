@@ -114,6 +114,14 @@ class Adapter(nn.Module, ABC):
         """left (m, R) and right (R, n) with left @ right = ΔW exactly, s included; None where R would be min(m, n)."""
         return None
 
+    def gain_and_low_rank(self, base: nn.Module) -> tuple[Tensor, Tensor, Tensor] | None:
+        """g (m,), left (m, R), right (R, n) with W + ΔW = diag(g)·W + left @ right over a frozen `base`, or None.
+
+        For inference alone, and only where ΔW is not of low rank itself.
+        """
+        del base
+        return None
+
     def kronecker(self) -> tuple[Tensor, ...] | None:
         """W1 with s, and W2 whole or as two factors, where ΔW = W1 ⊗ W2 exactly; None where it is no such product."""
         return None

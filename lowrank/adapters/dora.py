@@ -71,6 +71,12 @@ class DoRA(Adapter):
         return y + (gain - 1) * product + gain * pair
 
     @torch.no_grad()
+    def gain_and_low_rank(self, base: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+        """g = μ/‖W + s·B·A‖_row, g·s·B and A."""
+        gain = self.magnitude / self.row_norms(base)
+        return gain, (gain * self.scaling)[:, None] * self.lora_b, self.lora_a
+
+    @torch.no_grad()
     def row_norms(self, base: nn.Module) -> Tensor:
         """‖W + s·B·A‖ of every row, (m,), without the matrix: ‖W‖² + 2s⟨WAᵀ, B⟩ + s²⟨B(AAᵀ), B⟩.
 

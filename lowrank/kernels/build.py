@@ -17,7 +17,10 @@ import tempfile
 from pathlib import Path
 
 _DIRECTORY = Path(__file__).parent
-_SOURCES = ("packed.c", "products.c", "ratings.c", "nf4.c", "grouped.c", "dense.c", "attend.c", "kronecker.c")
+_SOURCES = (
+    *("packed.c", "products.c", "ratings.c", "nf4.c", "grouped.c", "dense.c", "attend.c", "kronecker.c"),
+    "threads.c",
+)
 _HEADERS = ("threads.h",)
 # Not -ffast-math: it would switch the whole process to flushing subnormal numbers.
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math")

@@ -8,6 +8,7 @@ Source: the segmented gather of Punica, arXiv 2310.18547, section 3.2.
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Sequence
 
 import torch
@@ -15,60 +16,89 @@ from torch import Tensor
 
 from lowrank.kernels.build import kernel
 
-#: Tokens of one pair that share a pass over it; TOKENS of the C source.
+#: Tokens of one owner that share a pass over its pairs; TOKENS of the C source.
 _TOKENS = 4
-#: Bytes of pairs that make another thread worth its start.
-_BYTES_PER_THREAD = 2**20
+#: Bytes of pairs that make another thread worth its while.
+_BYTES_PER_THREAD = 2**19
+#: Of the C source: rank, first column, columns, A, B.
+_PAIR = struct.Struct("=5q")
+
+
+class Layout:
+    """Which tokens of a batch belong to whom."""
+
+    def __init__(self, parts: Sequence[tuple[Sequence[slice], Sequence[int]]]) -> None:
+        """Args: parts: of every owner: long runs, which take two products of a library, and the other tokens."""
+        self.runs = [(owner, run) for owner, (runs, _) in enumerate(parts) for run in runs]
+        self.tokens = [list(own) for _, own in parts]
+        starts, tokens = [0], []
+        self.owners: list[int] = []
+        for owner, own in enumerate(self.tokens):
+            for i in range(0, len(own), _TOKENS):
+                self.owners.append(owner)
+                tokens += own[i : i + _TOKENS]
+                starts.append(len(tokens))
+        self.tables = [(ctypes.c_int64 * len(table))(*table) for table in (self.owners, starts, tokens)]
+
+
+class PairSet:
+    """The pairs of one owner for layers that have one input."""
+
+    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor] | None], columns: Sequence[int]) -> None:
+        """Args: pairs: A (r, n) and Bᵀ (r, m) of every layer, s included. columns: where in y its m columns begin."""
+        held = [None if pair is None else (pair[0].contiguous(), pair[1].contiguous()) for pair in pairs]
+        together = list(zip(held, columns, strict=True))
+        self.parts = [(*pair, slice(at, at + pair[1].shape[1])) for pair, at in together if pair is not None]
+        self.is_float32 = all(part.dtype == torch.float32 for a, b, _ in self.parts for part in (a, b))
+        self.num_bytes = sum(a.nbytes + b.nbytes for a, b, _ in self.parts)
+        entries = ((0,) * 5 if pair is None else (len(pair[0]), at, pair[1].shape[1], *_pointers(pair))
+                   for pair, at in together)  # fmt: skip
+        self.entries = b"".join(_PAIR.pack(*entry) for entry in entries)
+
+
+def _pointers(pair: tuple[Tensor, Tensor]) -> tuple[int, int]:
+    return pair[0].data_ptr(), pair[1].data_ptr()
 
 
 class GroupedPairs:
-    """Which tokens of a batch take which pair; prepared once, applied at every step while the batch stays the same."""
+    """What tokens of a batch take which pairs; prepared once, applied at every step while the batch stays the same."""
 
-    def __init__(
-        self, pairs: Sequence[tuple[Tensor, Tensor]], parts: Sequence[tuple[Sequence[slice], Sequence[int]]]
-    ) -> None:
-        """Args:
-        pairs: A (r, n) and Bᵀ (r, m), s included, ranks may differ.
-        parts: which tokens are of each pair: long runs, which take two products of a library, and the others.
-        """
-        self._pairs = [(a.contiguous(), b.contiguous()) for a, b in pairs]
-        self._runs = [(*pair, run) for pair, (runs, _) in zip(self._pairs, parts, strict=True) for run in runs]
-        self._tokens = [list(own) for _, own in parts]
-        starts, owners, tokens = [0], [], []
-        for pair, own in enumerate(self._tokens):
-            for i in range(0, len(own), _TOKENS):
-                owners.append(pair)
-                tokens += own[i : i + _TOKENS]
-                starts.append(len(tokens))
-        self._units = len(owners)
-        self._bytes = sum(a.nbytes + b.nbytes for (a, b), own in zip(self._pairs, self._tokens) if own)
-        tables = [
-            [len(a) for a, _ in self._pairs],
-            [a.data_ptr() for a, _ in self._pairs],
-            [b.data_ptr() for _, b in self._pairs],
-            owners,
-            starts,
-            tokens,
-        ]
-        self._tables = [(ctypes.c_int64 * len(table))(*table) for table in tables]
+    def __init__(self, owners: Sequence[PairSet | None], layers: int, layout: Layout) -> None:
+        """Args: owners: of as many layers each, or None for one that has no pairs. layout: of the same owners."""
+        self._owners, self._layers, self._layout = owners, layers, layout
+        absent = bytes(_PAIR.size * layers)
+        self._pairs = b"".join(absent if owner is None else owner.entries for owner in owners)
+        sizes = [0 if owner is None else owner.num_bytes for owner in owners]
+        self._bytes = sum(sizes[owner] for owner in layout.owners)
+        self._is_float32 = all(owner.is_float32 for owner in owners if owner is not None)
 
     def add_to(self, y: Tensor, x: Tensor) -> None:
-        """Add every token's change to y (tokens, m), in place, for x (tokens, n) of the same dtype.
+        """Add every token's change to y (tokens, Σ m), in place, for x (tokens, n) of the same dtype.
 
         y may be some columns of a wider tensor.
         """
-        for a, b, run in self._runs:
-            y[run].addmm_(x[run] @ a.to(x.dtype).T, b.to(x.dtype))
-        if self._units == 0:
+        layout = self._layout
+        for owner, run in layout.runs:
+            for a, b, columns in self._parts(owner):
+                y[run, columns].addmm_(x[run] @ a.to(x.dtype).T, b.to(x.dtype))
+        if self._bytes == 0:
             return
-        compiled = kernel() if x.is_cpu and x.dtype == y.dtype == self._pairs[0][0].dtype == torch.float32 else None
+        compiled = kernel() if x.is_cpu and x.dtype == y.dtype == torch.float32 and self._is_float32 else None
         if compiled is None or y.stride(-1) != 1:
-            for (a, b), own in zip(self._pairs, self._tokens, strict=True):
-                here = torch.tensor(own, dtype=torch.int64, device=x.device)
-                y.index_add_(0, here, (x[here] @ a.to(x.dtype).T) @ b.to(x.dtype))
+            self._add_by_products(y, x)
             return
         x = x.contiguous()
-        sizes = [ctypes.c_int64(size) for size in (self._units, y.shape[-1], x.shape[-1], y.stride(0))]
+        sizes = [ctypes.c_int64(size) for size in (self._layers, len(layout.owners), x.shape[-1], y.stride(0))]
         data = [ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr())]
         threads = max(1, min(torch.get_num_threads(), self._bytes // _BYTES_PER_THREAD))
-        compiled.add_grouped(*sizes, *data, *self._tables, threads)
+        compiled.add_grouped(*sizes, *data, self._pairs, *layout.tables, threads)
+
+    def _parts(self, owner: int) -> Sequence[tuple[Tensor, Tensor, slice]]:
+        held = self._owners[owner]
+        return () if held is None else held.parts
+
+    def _add_by_products(self, y: Tensor, x: Tensor) -> None:
+        for owner, own in enumerate(self._layout.tokens):
+            here = torch.tensor(own, dtype=torch.int64, device=x.device)
+            for a, b, columns in self._parts(owner):
+                y[:, columns].index_add_(0, here, (x[here] @ a.to(x.dtype).T) @ b.to(x.dtype))

@@ -2,12 +2,11 @@
 
 #include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
 
 #include "threads.h"
 
 typedef struct {
-    int64_t m, n, stride, most; /* stride: from a token's y to the next one's; most: numbers of the largest T and H */
+    int64_t m, n, stride, most; /* stride: from a token's y to the next one's; most: numbers of the largest inner product */
     const float *x;
     float *y;
     const int64_t *sizes;                /* of every adapter: up, uq, vp, vq, r; r = 0 where W2 is full */
@@ -16,24 +15,69 @@ typedef struct {
     const int64_t *adapter, *token;      /* of every unit */
 } Kronecker;
 
-static void add_rows(float *restrict to, float factor, const float *restrict row, int64_t size) {
-    for (int64_t k = 0; k < size; k++) to[k] += factor * row[k];
+typedef float Lanes __attribute__((vector_size(32), aligned(4), may_alias));
+#define LANES 8
+/* Rows, and vectors of columns, of C that stay in registers. */
+#define ROWS 4
+#define VECTORS 2
+
+/* A part of C (+)= A B of so many rows and vectors; both are constants where this is called. */
+static inline __attribute__((always_inline)) void part(float *c, int64_t c_stride, const float *a, int64_t a_stride,
+                                                       const float *b, int64_t b_stride, int64_t inner, int add,
+                                                       const int rows, const int vectors) {
+    Lanes sums[ROWS][VECTORS] = {{{0}}};
+    for (int64_t j = 0; j < inner; j++)
+        for (int v = 0; v < vectors; v++) {
+            const Lanes row = *(const Lanes *)(b + j * b_stride + v * LANES);
+            for (int r = 0; r < rows; r++) sums[r][v] += a[r * a_stride + j] * row;
+        }
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < vectors; v++) {
+            Lanes *to = (Lanes *)(c + r * c_stride + v * LANES);
+            if (add) sums[r][v] += *to;
+            *to = sums[r][v];
+        }
+}
+
+/* C (rows, wide) = A (rows, inner) B (inner, wide), or added to it; rows of A and C lie densely at their strides. */
+static void product(float *c, int64_t c_stride, const float *a, int64_t a_stride, const float *b, int64_t b_stride,
+                    int64_t rows, int64_t inner, int64_t wide, int add) {
+    int64_t k = 0;
+#define OVER_ROWS(vectors)                                                                                             \
+    for (int64_t i = 0; i < rows;) {                                                                                   \
+        float *to = c + i * c_stride + k;                                                                              \
+        const float *from = a + i * a_stride;                                                                          \
+        if (i + ROWS <= rows) {                                                                                        \
+            part(to, c_stride, from, a_stride, b + k, b_stride, inner, add, ROWS, vectors);                            \
+            i += ROWS;                                                                                                 \
+        } else {                                                                                                       \
+            part(to, c_stride, from, a_stride, b + k, b_stride, inner, add, 1, vectors);                               \
+            i++;                                                                                                       \
+        }                                                                                                              \
+    }
+    for (; k + VECTORS * LANES <= wide; k += VECTORS * LANES) OVER_ROWS(VECTORS)
+    for (; k + LANES <= wide; k += LANES) OVER_ROWS(1)
+#undef OVER_ROWS
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t o = k; o < wide; o++) {
+            float sum = add ? c[i * c_stride + o] : 0;
+            for (int64_t j = 0; j < inner; j++) sum += a[i * a_stride + j] * b[j * b_stride + o];
+            c[i * c_stride + o] = sum;
+        }
 }
 
 static void add_token(const Kronecker *g, int64_t unit, float *inner, float *mixed) {
     const int64_t own = g->adapter[unit], *size = g->sizes + 5 * own;
-    const int64_t up = size[0], uq = size[1], vp = size[2], vq = size[3], wide = size[4] > 0 ? size[4] : vp;
+    const int64_t up = size[0], uq = size[1], vp = size[2], vq = size[3], rank = size[4], wide = rank > 0 ? rank : vp;
     const float *x = g->x + g->token[unit] * g->n, *w1 = g->w1[own];
     float *y = g->y + g->token[unit] * g->stride;
-    memset(inner, 0, (size_t)(uq * wide) * sizeof(float));
-    for (int64_t i = 0; i < uq; i++)
-        for (int64_t j = 0; j < vq; j++) add_rows(inner + i * wide, x[i * vq + j], g->in[own] + j * wide, wide);
-    for (int64_t u = 0; u < up; u++) {
-        float *to = size[4] > 0 ? mixed : y + u * vp;
-        if (size[4] > 0) memset(mixed, 0, (size_t)wide * sizeof(float));
-        for (int64_t i = 0; i < uq; i++) add_rows(to, w1[u * uq + i], inner + i * wide, wide);
-        for (int64_t k = 0; k < size[4]; k++) add_rows(y + u * vp, mixed[k], g->out[own] + k * vp, vp);
+    product(inner, wide, x, vq, g->in[own], wide, uq, vq, wide, 0);
+    if (rank == 0) {
+        product(y, vp, w1, uq, inner, wide, up, uq, wide, 1);
+        return;
     }
+    product(mixed, wide, w1, uq, inner, wide, up, uq, wide, 0);
+    product(y, vp, mixed, wide, g->out[own], vp, up, rank, vp, 1);
 }
 
 static void add_tokens(Job *job) {

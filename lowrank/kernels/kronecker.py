@@ -15,8 +15,8 @@ from lowrank.kernels.build import kernel
 
 #: W1 (up, uq) with s, and W2 (vp, vq) as one factor or as W2a (vp, r) and W2b (r, vq).
 Factors = tuple[Tensor, ...]
-#: Tokens that make another thread worth its start.
-_TOKENS_PER_THREAD = 64
+#: Multiplications that make another thread worth its while.
+_WORK_PER_THREAD = 2**19
 
 
 class GroupedKroneckers:
@@ -26,14 +26,16 @@ class GroupedKroneckers:
         """Args: factors: of every adapter, fp32 on the CPU, as `prepared` gives them. tokens: of every adapter."""
         self._kept = factors
         sizes: list[int] = []
+        work: list[int] = []
         self._most = 0
         for w1, first, *second in factors:
             (up, uq), (vq, wide) = w1.shape, first.shape
             vp, r = (second[0].shape[1], wide) if second else (wide, 0)
             sizes += [up, uq, vp, vq, r]
-            self._most = max(self._most, uq * wide)
+            work.append(uq * vq * wide + up * uq * wide + up * r * vp)
+            self._most = max(self._most, uq * wide, up * r)
         owners = [owner for owner, own in enumerate(tokens) for _ in own]
-        self._units = len(owners)
+        self._units, self._work = len(owners), sum(work[owner] for owner in owners)
         pointers = [[own[part].data_ptr() if part < len(own) else 0 for own in factors] for part in range(3)]
         tables = [sizes, *pointers, owners, [token for own in tokens for token in own]]
         self._tables = [(ctypes.c_int64 * len(table))(*table) for table in tables]
@@ -59,7 +61,7 @@ class GroupedKroneckers:
         assert compiled is not None
         x = x.contiguous()
         sizes = (self._units, y.shape[-1], x.shape[-1], y.stride(0), self._most)
-        threads = max(1, min(torch.get_num_threads(), self._units // _TOKENS_PER_THREAD))
+        threads = max(1, min(torch.get_num_threads(), self._work // _WORK_PER_THREAD))
         data = [ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr())]
         if compiled.add_kronecker(*(ctypes.c_int64(size) for size in sizes), *data, *self._tables, threads):
             raise MemoryError("add Kronecker products: no memory for the inner ones")

@@ -70,8 +70,43 @@ def test_every_token_gets_the_pair_of_its_own(compiled: bool, m: int, n: int, ra
     with pytest.MonkeyPatch.context() as patch:
         if not compiled:
             patch.setattr(grouped, "kernel", lambda: None)
-        grouped.GroupedPairs([pairs[pair] for pair in speaking], parts).add_to(y, x)
+        owners = [grouped.PairSet([pairs[pair]], [0]) for pair in speaking]
+        grouped.GroupedPairs(owners, 1, grouped.Layout(parts)).add_to(y, x)
     torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_compiler), False])
+def test_pairs_of_several_layers_with_one_input(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setattr(grouped, "kernel", lambda: None)
+    monkeypatch.setattr(grouped, "_BYTES_PER_THREAD", 64)
+    widths, firsts, n, tokens = [40, 7, 600], [0, 40, 47], 33, 30
+    normal = torch.randn
+    pairs = [[(normal(r, n), normal(r, m)) if r else None for r, m in zip(ranks, widths, strict=True)]
+             for ranks in ((3, 70, 8), (0, 16, 2), (0, 0, 0))]  # fmt: skip
+    parts: list[tuple[list[slice], list[int]]] = [([], [0, 5, 7, 9, 12]), ([slice(13, 29)], [2]), ([], [1])]
+    x, y = normal(tokens, n), normal(tokens, sum(widths) + 5)
+    expected = y.double()
+    for own, (runs, alone) in zip(pairs, parts, strict=True):
+        for token in [*alone, *(t for run in runs for t in range(run.start, run.stop))]:
+            for pair, first in zip(own, firsts, strict=True):
+                if pair is not None:
+                    a, b = pair
+                    expected[token, first : first + b.shape[1]] += (a.double() @ x[token].double()) @ b.double()
+    owners = [*(grouped.PairSet(own, firsts) for own in pairs[:2]), None]
+    grouped.GroupedPairs(owners, 3, grouped.Layout(parts)).add_to(y[:, : sum(widths)], x)
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_pairs_of_another_dtype_are_not_read_as_fp32() -> None:
+    pairs = [
+        (torch.randn(3, 5, dtype=dtype), torch.randn(3, 4, dtype=dtype)) for dtype in (torch.float32, torch.float64)
+    ]
+    x, y = torch.randn(2, 5), torch.zeros(2, 4)
+    expected = torch.stack([x[i].double() @ a.double().T @ b.double() for i, (a, b) in enumerate(pairs)])
+    owners = [grouped.PairSet([pair], [0]) for pair in pairs]
+    grouped.GroupedPairs(owners, 1, grouped.Layout([([], [0]), ([], [1])])).add_to(y, x)
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-5)
 
 
 @needs_compiler

@@ -30,8 +30,8 @@ def portable_c(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         pytest.skip("no C compiler")
     path = tmp_path_factory.mktemp("portable") / "nf4.so"
     flags = [flag for flag in build._FLAGS if flag != "-march=native"]
-    source = Path(build.__file__).parent / "nf4.c"
-    subprocess.run([compiler, *flags, *build._SHARED, "-w", "-o", str(path), str(source), "-lm"], check=True)
+    sources = [str(Path(build.__file__).parent / name) for name in ("nf4.c", "threads.c")]
+    subprocess.run([compiler, *flags, *build._SHARED, "-w", "-o", str(path), *sources, "-lm"], check=True)
     return ctypes.CDLL(str(path))
 
 

@@ -85,7 +85,7 @@ async function* eventsOf(response) {
 /** Start one answer; a model without a chat template gets the prompt as plain text. */
 async function open(question, model, signal) {
   const { system, prompt, ...settings } = question;
-  const body = { model, ...settings, stream: true, stream_options: { include_usage: true } };
+  const body = { model, ...settings, stream: true, stream_options: { include_usage: true, continuous_usage_stats: true } };
   if (hasChatTemplate) {
     const messages = [{ role: "user", content: prompt }];
     if (system) messages.unshift({ role: "system", content: system });

@@ -135,6 +135,22 @@ def test_logprobs_are_those_of_the_model(
     assert post(service, path, max_tokens=2).json()["choices"][0]["logprobs"] is None
 
 
+@pytest.mark.parametrize("interval", [0.0, 0.3])
+def test_fast_tokens_share_an_event(service: Service, interval: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.serving.app._EVENT_INTERVAL_S", interval)
+    asked = {"max_tokens": 60, "logprobs": 1, "n": 2}
+    [one, two] = post(service, "/v1/completions", **asked).json()["choices"]
+    chunks = [chunk["choices"][0] for chunk in events(post(service, "/v1/completions", stream=True, **asked))]
+    for index, whole in enumerate((one, two)):
+        own = [chunk for chunk in chunks if chunk["index"] == index]
+        assert "".join(chunk["text"] for chunk in own) == whole["text"]
+        noted = [value for chunk in own if chunk["logprobs"] for value in chunk["logprobs"]["token_logprobs"]]
+        assert noted == pytest.approx(whole["logprobs"]["token_logprobs"], abs=1e-4)
+        assert [chunk["finish_reason"] for chunk in own if chunk["finish_reason"]] == ["length"]
+        # 60 tokens of the tiny model take less than a second
+        assert (len(own) < 15) == (interval > 0)
+
+
 def test_a_chat_stream_opens_with_the_role(service: Service) -> None:
     first = events(post(service, "/v1/chat/completions", stream=True))[0]
     assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}

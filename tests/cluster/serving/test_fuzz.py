@@ -4,7 +4,6 @@ RANKLINE_SOAK multiplies how many there are (`make soak`).
 """
 
 import contextlib
-import os
 import socket
 import statistics
 import threading
@@ -19,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serving_http import BASE, BEARER, COMPLETION, ONE, OWN, listening
+from soak import SOAK, record
 
 from cluster.config import ServeConfig
 from cluster.model import ModelSource
@@ -28,7 +28,6 @@ from cluster.serving.service import Service
 from cluster.serving.sources import FixedSource
 from cluster.serving.spec import ServeSpec
 
-SOAK = int(os.environ.get("RANKLINE_SOAK", "1"))
 FUZZ = settings(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 
 
@@ -121,7 +120,10 @@ def test_requests_made_from_the_schema_never_fail_the_server(url: str, service: 
     assert service.healthy
     assert service.live == (0, 0)
     assert len(beside) > 0
-    print(f"\n{dict(seen)}, good p99 {late(quiet) * 1e3:.0f} ms alone, {late(beside) * 1e3:.0f} ms beside")
+    record(
+        "malformed and odd requests made from the OpenAPI document", seen.total(), [], "never a 5xx",
+        seen=seen, good_p99_ms=[round(late(quiet) * 1e3), round(late(beside) * 1e3)],
+    )  # fmt: skip
 
 
 def test_raw_bytes_never_fail_the_server(url: str, service: Service) -> None:
@@ -172,4 +174,4 @@ def test_raw_bytes_never_fail_the_server(url: str, service: Service) -> None:
     assert statuses["400"] > 0
     times_of(url, 0.1)
     assert service.healthy
-    print(f"\n{dict(statuses)}")
+    record("raw bytes sent to the endpoint", statuses.total(), [], "never a 5xx", seen=statuses)

@@ -10,6 +10,7 @@ from adapter_samples import RANKLESS, randomize
 from cluster.serving.fused import FusedSteps
 from cluster.serving.steps import BatchedSteps, Chunk, SingleSteps, Steps
 from cluster.serving.trial import steps_for
+from lowrank import mixing
 from lowrank.adapters.base import Adapter, Layer
 from lowrank.adapters.registry import FAMILIES, initial_adapters
 from lowrank.config import AdapterConfig
@@ -98,13 +99,26 @@ def assert_alike(model: Any, requests: Sequence[Request], min_spread: float = 0.
 PROMPT = [5, 17, 200, 31, 8, 99, 12]
 
 
-@pytest.mark.parametrize("base", ["dense", "nf4"])
-def test_all_families_in_one_batch_answer_as_each_alone(base: str) -> None:
+@pytest.mark.parametrize(("base", "run"), [("dense", 64), ("dense", 3), ("nf4", 3)])
+def test_all_families_in_one_batch_answer_as_each_alone(base: str, run: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`run`: tokens side by side that an adapter takes by itself."""
+    monkeypatch.setattr(mixing, "_RUN", run)
     methods = sorted(FAMILIES)
     model = with_adapters(tiny("llama", num_key_value_heads=2), methods, base)
     requests: list[Request] = [(None, PROMPT), *((method, PROMPT) for method in methods)]
     requests += [("lora", PROMPT[2:]), (None, PROMPT[:3]), ("dora", PROMPT + PROMPT), ("loha", PROMPT[1:])]
     assert_alike(model, requests)
+
+
+@pytest.mark.parametrize("run", [3, 64])
+def test_a_bias_is_not_scaled_by_magnitudes(run: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mixing, "_RUN", run)
+    model = with_adapters(tiny("qwen2", num_key_value_heads=2), ["dora", "lora", "hira"])
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and module.bias is not None:
+            module.bias.data.normal_(generator=torch.Generator().manual_seed(len(name)))
+    requests: list[Request] = [("dora", PROMPT), ("lora", PROMPT), (None, PROMPT), ("hira", PROMPT)]
+    assert_alike(model, [*requests, ("dora", PROMPT * 3), ("dora", PROMPT[1:])])
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ from lowrank.adapters.lora_xs import LoRAXS
 from lowrank.adapters.peft_format import save_adapter
 from lowrank.config import AdapterConfig
 from lowrank.errors import AdapterError
-from lowrank.inject import Mix, Ready, adapted_layers, speakers
+from lowrank.inject import adapted_layers, speakers
+from lowrank.mixing import Mix, Ready
 from lowrank.resident import Residents, make_adaptable
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
@@ -223,10 +224,10 @@ def test_factors_that_do_not_fit_each_other_never_reach_the_kernel(model: Any) -
         adapter = LoRAXS(torch.ones(a), torch.ones(b), torch.ones(core), 1.0)
         if b != (9, 4):
             with pytest.raises((AdapterError, RuntimeError), match=r"low-rank form|cannot be multiplied"):
-                Ready.of(adapter)
+                Ready.of(adapter, torch.nn.Linear(8, 8))
         else:
             with pytest.raises(AdapterError, match="it is for a 9x8 layer"):
-                Residents(model).check({"model.layers.0.self_attn.q_proj": Ready.of(adapter)}, {})
+                Residents(model).ready({"model.layers.0.self_attn.q_proj": adapter}, {})
 
 
 def test_a_refused_version_holds_no_tensors(source: Directory, model: Any) -> None:
