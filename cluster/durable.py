@@ -100,7 +100,8 @@ class UnitStore:
         """Make a unit: `write(directory)` fills a temporary directory and returns facts; then one rename.
 
         A unit that is there already is returned as it is: Ray runs a task again whose worker died after its commit.
-        Two processes that make the same unit at once leave one of the (equal) results. Facts enter the unit's hash.
+        Of two processes that make the same unit at once the first commits; the other's (equal) result is surplus.
+        Facts enter the unit's hash.
         """
         if self.is_committed(unit):
             return self.read(unit)
@@ -117,15 +118,27 @@ class UnitStore:
             (temporary / SIDECAR).write_text(json.dumps(sidecar))
             final.parent.mkdir(parents=True, exist_ok=True)
             try:
-                os.rename(temporary, final)
+                self._place(temporary, unit)
             except OSError:
                 if not self.is_committed(unit):
                     raise
+                self.log("surplus", unit)
+                return self.read(unit)
             sync(final.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         self.log("commit", unit, sha256=record.sha256, seconds=time.time() - started)
         return record
+
+    def _place(self, whole: Path, unit: str) -> None:
+        """Rename a whole directory to its unit; what is left there of a damaged one goes out of the way."""
+        try:
+            os.rename(whole, self.path(unit))
+        except OSError:
+            if self.is_committed(unit) or not self.path(unit).exists():
+                raise
+            self.discard(unit)
+            os.rename(whole, self.path(unit))
 
     def read(self, unit: str, verify: bool = False) -> UnitRecord:
         """The record of a committed unit; `verify` re-hashes its files.
@@ -153,8 +166,12 @@ class UnitStore:
         return value
 
     def discard(self, unit: str) -> None:
-        """Remove a unit that turned out to be damaged."""
-        shutil.rmtree(self.path(unit), ignore_errors=True)
+        """Remove a unit that turned out to be damaged: at once, whatever holds its files open."""
+        aside = self.root / "tmp" / f"{unit}.{uuid.uuid4().hex[:8]}.discarded"
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(self.path(unit), aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
     def log(self, event: str, unit: str, **facts: Any) -> None:
         """Append one line to this process's own ledger file."""

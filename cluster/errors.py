@@ -5,6 +5,7 @@ ClusterError
 ├── TokenError       the cluster's token is missing, refused, or readable by others
 ├── PortError        a port that was asked for is in use
 ├── ResourceError    the layout asks for more than the cluster has
+│   └── OutOfMemoryError   a worker ran out of memory, and again with a smaller share of the work
 ├── JobError         work sent to the cluster was lost, or its submission failed
 ├── ServeError       an endpoint cannot be deployed or reached
 ├── TrainError       a training worker failed for good, or the loss is no longer finite
@@ -31,6 +32,10 @@ class PortError(ClusterError):
 
 class ResourceError(ClusterError):
     """A layout or a task asks for more CPUs, GPUs or memory than the cluster has."""
+
+
+class OutOfMemoryError(ResourceError):
+    """A worker ran out of memory, and again with a smaller share of the work."""
 
 
 class JobError(ClusterError):

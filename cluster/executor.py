@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from cluster.errors import ResourceError
+from cluster.errors import ConnectError, ResourceError
 from cluster.failures import translate
 from lowrank.executor import Ref, tree_reduce
 
@@ -144,8 +144,9 @@ def run_units(
     """Run durable units as Ray tasks, and hand each result to the driver in the order of completion.
 
     A unit commits its own output, so this keeps no state. When a unit or `on_done` fails, nothing more is
-    submitted, units in flight get `GRACE_S` to end (`on_done` is called for those that succeed), the rest is
-    cancelled, and the first exception is raised. Units lost with their worker or node run again, three times.
+    submitted, units in flight get `GRACE_S` to end (`on_done` is called for those that succeed) unless the cluster is
+    gone, the rest is cancelled, and the first exception is raised. Units lost with their worker or node run again,
+    three times.
 
     Args:
         fn: the unit of work; importable by name.
@@ -171,8 +172,9 @@ def run_units(
             if not in_flight:
                 return
             _collect(in_flight, on_done, _POLL_S)
-    except Exception:
-        _drain(in_flight, on_done)
+    except Exception as error:
+        if not _is_lost(error):
+            _drain(in_flight, on_done)
         raise
     finally:
         _cancel(list(in_flight))
@@ -209,8 +211,16 @@ def _drain(in_flight: dict[Ref, T], on_done: Callable[[T, Any], None]) -> None:
     while in_flight and time.monotonic() < deadline:
         try:
             _collect(in_flight, on_done, _POLL_S)
-        except Exception:
-            continue
+        except Exception as error:
+            if _is_lost(error):
+                raise
+
+
+def _is_lost(error: BaseException | None) -> bool:
+    """Whether the cluster is gone; Ray's core wraps what a signal handler raised inside of it."""
+    while error is not None and not isinstance(error, ConnectError):
+        error = error.__cause__
+    return error is not None
 
 
 def _cancel(refs: list[Ref]) -> None:

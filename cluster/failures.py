@@ -2,7 +2,17 @@
 
 from typing import Any
 
-from cluster.errors import ClusterError, ConnectError, JobError, ResourceError, TokenError
+from cluster.errors import ClusterError, ConnectError, JobError, OutOfMemoryError, ResourceError, TokenError
+
+#: What Python, torch, CUDA, the system and Ray say.
+_MEMORY = ("out of memory", "outofmemory", "allocate memory", "not enough memory", "low on memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that a worker had too little memory, whoever raised it."""
+    if isinstance(error, MemoryError | OutOfMemoryError):
+        return True
+    return isinstance(error, Exception) and any(words in str(error).lower() for words in _MEMORY)
 
 
 def translate(error: Exception, doing: str) -> Exception:
@@ -31,8 +41,9 @@ def _system_failure(error: Any, doing: str) -> ClusterError:
             "exception class positional arguments only, or a __reduce__."
         )
     table: list[tuple[tuple[type, ...], type[ClusterError], str]] = [
-        ((rex.OutOfMemoryError, rex.ObjectStoreFullError), ResourceError,
-         "the node ran out of memory. Lower max_in_flight, or ask for more CPUs or memory per task"),
+        ((rex.OutOfMemoryError,), OutOfMemoryError, "the node ran out of memory"),
+        ((rex.ObjectStoreFullError,), ResourceError,
+         "the object store is full. Lower max_in_flight, or ask for more CPUs or memory per task"),
         ((rex.OutOfDiskError,), ResourceError, "the node ran out of disk. Free space in its temporary directory"),
         ((rex.TaskUnschedulableError, rex.ActorUnschedulableError, rex.RuntimeEnvSetupError), ResourceError,
          "no node can run it. Ask for less, or add a node that fits"),

@@ -121,6 +121,32 @@ def list_attempts(client: Any, run_key: str) -> list[Attempt]:
     return sorted(attempts, key=lambda attempt: attempt.number)
 
 
+def logs(client: Any, submission_id: str) -> str:
+    """What the job has printed so far.
+
+    Raises:
+        JobError: when the cluster does not know the job.
+    """
+    with _mapped(f"read the log of {submission_id}"):
+        return str(client.get_job_logs(submission_id))
+
+
+def cancel(client: Any, submission_id: str, timeout_s: float = 60.0) -> str:
+    """Ask the job to stop (SIGTERM, then SIGKILL by Ray), wait until it has, and return its final status.
+
+    Raises:
+        JobError: when the cluster does not know the job, or it still runs after `timeout_s`.
+    """
+    deadline = time.monotonic() + timeout_s
+    with _mapped(f"cancel {submission_id}"):
+        client.stop_job(submission_id)
+        while (status := str(client.get_job_status(submission_id).value)) in LIVE:
+            if time.monotonic() > deadline:
+                raise JobError(f"cancel {submission_id}: it still runs after {timeout_s:.0f} s. Look at its log.")
+            time.sleep(_POLL_S)
+    return status
+
+
 def follow(client: Any, submission_id: str, on_line: Callable[[str], None]) -> str:
     """Call `on_line` with every line of a job's log until it ends, and return its final status.
 
@@ -203,8 +229,7 @@ async def _tail(client: Any, submission_id: str, lines: _Lines) -> None:
 
 def _finish(client: Any, submission_id: str, lines: _Lines) -> None:
     """Deliver what was printed after the connection had closed."""
-    with _mapped(f"read the log of {submission_id}"):
-        log = client.get_job_logs(submission_id)
+    log = logs(client, submission_id)
     lines.restart()
     lines.feed(log)
     lines.close()

@@ -14,11 +14,13 @@ import threading
 import traceback
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.durable import write_json
-from cluster.errors import ClusterError, DataError, ModelError, ResourceError, TrainError
+from cluster.errors import ClusterError, DataError, ModelError, OutOfMemoryError, ResourceError, TrainError
+from cluster.failures import is_out_of_memory
 from cluster.metrics import Follower, read_metrics, steps_redone
 from cluster.train_job import ADAPTER_UNIT, OUTCOME_FILE, STOP_FILE, Place, TrainJob, TrainOutcome
 from cluster.zero import check_optimizer, zero_stage
@@ -35,23 +37,38 @@ _RAY_POLL_S = 2.0
 _KNOWN: dict[str, type[ClusterError]] = {kind.__name__: kind for kind in (DataError, ModelError, TrainError)}
 
 
-def train(job: TrainJob, *, on_progress: Callable[[dict[str, Any]], None]) -> TrainOutcome:
+def train(
+    job: TrainJob, *, on_progress: Callable[[dict[str, Any]], None], say: Callable[[str], None] = lambda _: None
+) -> TrainOutcome:
     """Fine-tune, resuming from the newest checkpoint in `job.root`; return at once where the adapter is there.
+
+    A worker that runs out of memory is given micro-batches of half the rows, once; without dropout the losses are
+    the same.
 
     Args:
         job: What to train; the process must have joined the Ray cluster.
         on_progress: Called in this thread for every optimizer step: step, epoch, loss, lr, grad_norm, seconds, tokens,
             tokens_per_second, and heldout_loss where it was evaluated. After a lost worker, steps come again.
+        say: Told what was made smaller.
 
     Raises:
         TrainError: workers were lost more than `max_failures` times, the loss is no longer finite, or the saved
             adapter is not what was trained.
         ResourceError: the cluster is too small for `num_workers`.
+        OutOfMemoryError: a worker ran out of memory twice, or with one row at a time.
     """
     zero_stage(job.config, job.source.base, job.use_gpu)
     check_optimizer(job.config)
     if not job.store.is_committed(ADAPTER_UNIT):
-        _fit(job, on_progress)
+        try:
+            _fit(job, on_progress)
+        except OutOfMemoryError as error:
+            rows = job.config.micro_batch_size
+            if rows == 1:
+                raise
+            say(f"{error} It goes on with micro-batches of {rows // 2} rows instead of {rows}.")
+            job = replace(job, config=replace(job.config, micro_batch_size=rows // 2))
+            _fit(job, on_progress)
     return _outcome(job)
 
 
@@ -154,14 +171,15 @@ def _worker(arguments: dict[str, Any]) -> None:
 
 def _may_be_cured(error: Exception) -> bool:
     """Whether new workers might succeed: a lost peer shows up as a RuntimeError of the collective, or an OSError."""
-    if "out of memory" in str(error).lower():
+    if is_out_of_memory(error):
         return False
     return isinstance(error, RuntimeError | OSError) and not isinstance(error, NotImplementedError | RecursionError)
 
 
 def _describe(error: Exception) -> dict[str, Any]:
     trace = "".join(traceback.format_exception(error))
-    return {"type": type(error).__name__, "message": str(error), "traceback": trace}
+    facts = {"type": type(error).__name__, "message": str(error), "traceback": trace}
+    return facts | {"out_of_memory": is_out_of_memory(error)}
 
 
 def _failures(directory: Path) -> list[dict[str, Any]]:
@@ -174,6 +192,8 @@ def _failures(directory: Path) -> list[dict[str, Any]]:
 
 def _raise_failure(job: TrainJob, directory: Path, box: list[BaseException]) -> None:
     for failure in _failures(directory):
+        if failure["out_of_memory"]:
+            raise OutOfMemoryError(_no_memory(job, failure["message"]))
         kind = _KNOWN.get(failure["type"])
         if kind is not None:
             raise kind(failure["message"])
@@ -181,6 +201,8 @@ def _raise_failure(job: TrainJob, directory: Path, box: list[BaseException]) -> 
             f"finetune {job.name}: a worker failed with {failure['type']}: {failure['message']}. No retry can cure "
             f"this; its traceback is in {directory}."
         )
+    if box and is_out_of_memory(box[0]):
+        raise OutOfMemoryError(_no_memory(job, _last_line(box[0]))) from box[0]
     if box:
         raise TrainError(
             f"finetune {job.name}: its workers were lost more than finetune.max_failures = {job.config.max_failures} "
@@ -189,6 +211,11 @@ def _raise_failure(job: TrainJob, directory: Path, box: list[BaseException]) -> 
         ) from box[0]
     if not job.store.is_committed(ADAPTER_UNIT):
         raise TrainError(f"finetune {job.name}: the workers ended without an adapter. Resume; checkpoints are kept.")
+
+
+def _no_memory(job: TrainJob, text: str) -> str:
+    first = (text.strip().splitlines() or [""])[0].rstrip(".")[:200]
+    return f"a worker ran out of memory with micro-batches of {job.config.micro_batch_size} rows ({first})."
 
 
 def _last_line(error: BaseException) -> str:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.errors import TrainError
 from cluster.train_job import checkpoint_unit
 
 if TYPE_CHECKING:
@@ -237,19 +238,39 @@ def checkpoints(store: UnitStore) -> list[int]:
 
 
 def newest_checkpoint(store: UnitStore) -> Progress | None:
-    """The newest whole checkpoint; damaged ones are discarded on the way. For one process at a time."""
+    """The newest whole checkpoint, None before the first; damaged ones on the way are discarded. For one process.
+
+    Raises:
+        TrainError: there were checkpoints, and none of them is there and whole: training would silently begin anew.
+    """
+    damaged: dict[int, str] = {}
     for step in reversed(checkpoints(store)):
         try:
             found = Progress(**store.read(checkpoint_unit(step), verify=True).facts)
-        except ValueError as error:
-            store.log("damaged", checkpoint_unit(step), problem=str(error))
-            store.discard(checkpoint_unit(step))
-            continue
-        if found.best_step is not None and not store.is_committed(checkpoint_unit(found.best_step)):
-            # Evaluated, but never kept (or damaged since): it cannot be chosen any more.
-            found.best_step = None
-        return found
-    return None
+            break
+        except (ValueError, FileNotFoundError, TypeError) as error:
+            damaged[step] = str(error)
+    else:
+        _refuse_to_begin_anew(store, damaged)
+        return None
+    for step, problem in damaged.items():
+        store.log("damaged", checkpoint_unit(step), problem=problem)
+        store.discard(checkpoint_unit(step))
+    if found.best_step is not None and not store.is_committed(checkpoint_unit(found.best_step)):
+        # Evaluated, but never kept (or damaged since): it cannot be chosen any more.
+        found.best_step = None
+    return found
+
+
+def _refuse_to_begin_anew(store: UnitStore, damaged: Mapping[int, str]) -> None:
+    committed = {line["unit"] for line in store.ledger() if line["event"] == "commit"}
+    steps = [unit for unit in committed if unit.startswith("step-")]
+    if damaged or steps:
+        problems = "; ".join(damaged.values()) or f"units/{max(steps)} and all others are missing"
+        raise TrainError(
+            f"resume training in {store.root}: no checkpoint is whole ({problems}). Bring them back, or delete "
+            f"{store.root} to train from step 0."
+        )
 
 
 def load_tensors(store: UnitStore, step: int) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """The artifact store: one content-addressed directory per stage and key, one directory per run.
 
     STORE/_artifacts/<stage>/<key>/{units/, ledger/, manifest.json, sidecar.json}
-    STORE/_mlflow/, STORE/_cluster.json, STORE/_hashes.json
+    STORE/_mlflow/, STORE/_cluster.json, STORE/_hashes.json, STORE/_registries.json
     STORE/<run name>/{run.json, pipeline.yaml, summary.json, report.html}
 
 Run names never begin with an underscore, so they cannot collide with the store's own files. A stage is finished when
@@ -11,8 +11,11 @@ its manifest is there; the manifest holds the hash of every unit, the unit's own
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +64,27 @@ class Store:
         """Directory of a run."""
         return self.root / name
 
+    def registries(self) -> list[str]:
+        """The tracking URI of every registry that a run of this store has used.
+
+        Raises:
+            ArtifactError: the list is damaged.
+        """
+        path = self.root / "_registries.json"
+        try:
+            found = json.loads(path.read_text())
+        except FileNotFoundError:
+            return []
+        except ValueError as error:
+            raise ArtifactError(f"read {path}: damaged ({error}). Write it anew: a list of tracking URIs.") from error
+        return [str(uri) for uri in found]
+
+    def remember_registry(self, uri: str) -> None:
+        """Put a registry on that list, even if its run goes."""
+        known = self.registries()
+        if uri not in known:
+            write_json(self.root / "_registries.json", [*known, uri], mode=0o600)
+
     def read_manifest(self, stage: str, key: str) -> Manifest | None:
         """The manifest of a finished stage, or None.
 
@@ -85,6 +109,22 @@ class Store:
         path = self.artifact(manifest.stage, manifest.key) / "manifest.json"
         write_json(path, asdict(manifest) | {"sha256": manifest.sha256})
 
+    def check(self, stage: str, key: str) -> None:
+        """Hash a finished stage again, before it is used.
+
+        Raises:
+            ArtifactError: it is not there, or damaged; the message names the file.
+        """
+        manifest = self.read_manifest(stage, key)
+        if manifest is None:
+            raise ArtifactError(f"use {stage}: {self.artifact(stage, key)} is not finished. Run again.")
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            found = [problem for problem in pool.map(partial(damage, self, manifest), manifest.files) if problem]
+        if found:
+            raise ArtifactError(
+                f"use {stage}: {'; '.join(found)}. Delete {self.artifact(stage, key)} and run again: it is made anew."
+            )
+
     def seal(
         self,
         stage: str,
@@ -108,3 +148,15 @@ class Store:
         manifest = Manifest(stage, key, dict(inputs), dict(config), files, dict(facts), format_version)
         self.write_manifest(manifest)
         return manifest
+
+
+def damage(store: Store, manifest: Manifest, unit: str) -> str:
+    """What is wrong with a unit of a finished stage, with the file's name; empty if nothing is."""
+    units = store.units(manifest.stage, manifest.key)
+    try:
+        digest = units.read(unit, verify=True).sha256
+    except FileNotFoundError as error:
+        return f"{error.filename} is missing"
+    except (ValueError, OSError) as error:
+        return str(error)
+    return "" if digest == manifest.files[unit] else f"{units.path(unit)} is another one than its manifest names"

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 #: Seconds to connect, for what is looked up, and of silence within an answer.
 CONNECT_S, LOOK_S, SILENCE_S = 5.0, 10.0, 600.0
+_USAGE = {"include_usage": True, "continuous_usage_stats": True}
 _CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 
@@ -39,7 +40,7 @@ class Answer:
     text: str = ""
     finish_reason: str | None = None
     tokens: int = 0
-    """Counted by the endpoint at the end; until then the pieces that have come."""
+    """As the endpoint counts them with every piece, or at the end; the pieces that have come where it does not."""
     first_s: float = 0.0
     """From the request to the first text."""
     seconds: float = 0.0
@@ -121,7 +122,7 @@ class ChatClient:
         Raises:
             ConfigError, TokenError, ServeError: no answer, a refusal, or an answer that broke off.
         """
-        body = {"model": answer.model, "stream": True, "stream_options": {"include_usage": True}, **options}
+        body = {"model": answer.model, "stream": True, "stream_options": _USAGE, **options}
         if self.chats:
             try:
                 self._stream(_CHAT, body | {"messages": messages}, answer, show)

@@ -7,9 +7,13 @@ Exit codes: 0 done; 1 bug; 2 configuration, token or port; 3 weights, artifacts 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
+from typing import NoReturn
 
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -63,9 +67,14 @@ def _add_pipeline_commands(commands: argparse._SubParsersAction[argparse.Argumen
         if name == "run":
             command.add_argument("--address", help="a running Ray cluster, HOST:PORT (cluster.address)")
             command.add_argument("--quiet", action="store_true", help="no progress")
+            command.add_argument("--verify", action="store_true", help="hash everything that was made before again")
         if name == "submit":
             command.add_argument("--address", required=True, help="dashboard of the cluster, http://HOST:8265")
-            command.add_argument("--no-follow", dest="follow", action="store_false", help="return once it is submitted")
+            way = command.add_mutually_exclusive_group()
+            way.add_argument("--no-follow", dest="follow", action="store_false", help="return once it is submitted")
+            way.add_argument("--status", action="store_true", help="show this run's submissions, submit nothing")
+            way.add_argument("--logs", action="store_true", help="print what the newest submission has printed")
+            way.add_argument("--cancel", action="store_true", help="stop the live submission; what is committed stays")
 
 
 def _add_store_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -75,12 +84,14 @@ def _add_store_commands(commands: argparse._SubParsersAction[argparse.ArgumentPa
         "serve": "deploy the endpoint of a finished run again",
         "stop": "end the endpoint and the embedded cluster of a store",
         "ui": "open MLflow's page on the store's runs",
+        "verify": "hash everything again that a run's stages have left, and name the damaged files",
+        "gc": "show what no run and no registered version needs, and how much room it takes",
         "methods": "list decompositions, quantizations and adapters",
         "doctor": "check this machine and the store, with a remedy for each finding",
     }
     for name, text in texts.items():
         command = _command(commands, name, text)
-        if name in ("status", "resume", "serve"):
+        if name in ("status", "resume", "serve", "verify"):
             command.add_argument("run", nargs="?" if name == "status" else None, help="name of the run")
         if name != "methods":
             command.add_argument("--store", default="runs", help="directory of the store (default: runs)")
@@ -90,6 +101,8 @@ def _add_store_commands(commands: argparse._SubParsersAction[argparse.ArgumentPa
                 metavar="FILE",
                 help="write a configuration for `serve deploy` and RayService, deploy nothing",
             )
+        if name == "gc":
+            command.add_argument("--delete", action="store_true", help="remove it")
         if name == "ui":
             command.add_argument("--port", type=int, default=5000, help="port on loopback (default: 5000)")
 
@@ -137,6 +150,25 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="merged: into the dequantized base that was trained over (default: what is served), or the original",
     )
     command.add_argument("--store", default="runs", help="directory of the store (default: runs)")
+
+
+def entry() -> NoReturn:
+    """The console script: exit with the code of `main`; a Ctrl-C pressed while Python ends leaves at once."""
+    try:
+        code = main()
+    except KeyboardInterrupt:  # pressed once more while the first was being told of
+        from pipelines.errors import INTERRUPTED
+
+        code = INTERRUPTED
+
+    def leave(_signal: int, _frame: FrameType | None) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+
+    signal.signal(signal.SIGINT, leave)
+    sys.exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -206,4 +238,4 @@ def _again(arguments: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.config import PipelineConfig, json_schema, parse, read_yaml
-from pipelines.errors import DONE, ConfigError, exit_code
+from pipelines.errors import DONE, WEIGHTS, ConfigError, exit_code
 
 
 def _load(arguments: Namespace) -> PipelineConfig:
@@ -45,7 +45,7 @@ def run(arguments: Namespace) -> int:
     """`rankline run`."""
     from pipelines import show, workflow
 
-    result = workflow.run(_load(arguments), quiet=arguments.quiet or arguments.json)
+    result = workflow.run(_load(arguments), quiet=arguments.quiet or arguments.json, verify=arguments.verify)
     _json(result.summary) if arguments.json else show.result(result)
     return DONE
 
@@ -74,15 +74,22 @@ def resume(arguments: Namespace) -> int:
 
 
 def submit(arguments: Namespace) -> int:
-    """`rankline submit`: the same YAML as a job of a Ray cluster, idempotent by run key."""
+    """`rankline submit`: the same YAML as a job of a Ray cluster, idempotent by run key; or a look at that job."""
     from pipelines import remote
 
-    outcome = remote.submit(_load(arguments), arguments.address, follow=arguments.follow)
-    if arguments.json:
-        _json(outcome)
-    else:
-        print(f"{outcome['submission_id']}: {outcome['status']}")
-    return int(outcome["exit_code"])
+    config, address = _load(arguments), arguments.address
+    if arguments.status:
+        found = remote.attempts(config, address)
+        lines = [f"{one['submission_id']}: {one['status']}  {one['message']}".rstrip() for one in found]
+        _json(found) if arguments.json else print("\n".join(lines) or "never submitted there")
+        return DONE
+    if arguments.logs:
+        outcome = remote.logs(config, address)
+        _json(outcome) if arguments.json else print(outcome["log"], end="")
+        return DONE
+    outcome = remote.cancel(config, address) if arguments.cancel else remote.submit(config, address, arguments.follow)
+    _json(outcome) if arguments.json else print(f"{outcome['submission_id']}: {outcome['status']}")
+    return int(outcome.get("exit_code", DONE))
 
 
 def status(arguments: Namespace) -> int:
@@ -108,6 +115,30 @@ def serve(arguments: Namespace) -> int:
         _json(deployed)
     else:
         show.endpoint(deployed, name, endpoint.curl(deployed, name))
+    return DONE
+
+
+def verify(arguments: Namespace) -> int:
+    """`rankline verify RUN`: exit 0 when everything is whole, else 3."""
+    from pipelines import maintenance, show
+
+    found = maintenance.verify(Path(arguments.store).resolve(), arguments.run)
+    _json(found) if arguments.json else show.verified(found)
+    sys.stdout.flush()
+    return WEIGHTS if found["problems"] else DONE
+
+
+def gc(arguments: Namespace) -> int:
+    """`rankline gc`: a list; with `--delete` what is on it goes."""
+    from pipelines import maintenance, show
+
+    store = Path(arguments.store).resolve()
+    found = maintenance.collect(store) if arguments.delete else maintenance.garbage(store)
+    if arguments.json:
+        _json({"deleted": arguments.delete, "bytes": sum(one.num_bytes for one in found),
+               "garbage": [asdict(one) for one in found]})  # fmt: skip
+    else:
+        show.garbage(found, arguments.delete)
     return DONE
 
 

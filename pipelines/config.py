@@ -64,7 +64,7 @@ class RegisterConfig:
     alias: str = "champion"
     """Alias that moves to this version when the gate passed and it is no worse than the present holder."""
     tracking_uri: Annotated[str | None, EXECUTION] = None
-    """MLflow tracking URI; null is a sqlite database in the store."""
+    """MLflow tracking URI, without a password; null is a sqlite database in the store."""
     experiment: Annotated[str, EXECUTION] = "rankline"
     """MLflow experiment."""
 
@@ -229,6 +229,11 @@ def _contradictions(config: PipelineConfig) -> Iterator[str]:
         yield "finetune.zero_stage: 3 over an NF4 base needs finetune.allow_zero3_quantized: true; 2 is the default."
     if config.serve.host not in ("127.0.0.1", "localhost", "::1") and not config.serve.token_file:
         yield f"serve.host: {config.serve.host!r} is not loopback and needs serve.token_file, a token of your own."
+    if re.search(r"://[^/@]*:[^/@]*@", config.register.tracking_uri or ""):
+        yield (
+            "register.tracking_uri: holds a password, which would stand in records and in MLflow. Leave it out: set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or for a database PGPASSWORD or ~/.pgpass."
+        )
 
 
 def _decompose_problems(config: DecomposeConfig) -> Iterator[str]:

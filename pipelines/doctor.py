@@ -23,7 +23,9 @@ def _check(name: str, state: str, finding: str, remedy: str = "") -> Check:
 
 def examine(store: Path) -> list[Check]:
     """Run every check; one that fails in an unforeseen way becomes a finding of its own."""
-    checks: list[Callable[[Path], Iterator[Check]]] = [_packages, _device, _memory, _disk, _cluster, _tokens, _tracking]
+    checks: list[Callable[[Path], Iterator[Check]]] = [
+        _packages, _device, _processor, _memory, _disk, _cluster, _ports, _tokens, _tracking,
+    ]  # fmt: skip
     found: list[Check] = []
     for check in checks:
         try:
@@ -70,6 +72,39 @@ def _torch_cuda() -> str | None:
         raise ModuleNotFoundError("torch is not installed")
     names = runpy.run_path(str(Path(spec.origin).with_name("version.py")))
     return names.get("cuda") or names.get("hip")
+
+
+def _processor(_store: Path) -> Iterator[Check]:
+    """What decides the speed on a CPU: vector instructions, and a compiler for our own kernels."""
+    path = Path("/proc/cpuinfo")
+    flags = set(path.read_text().split()) if path.is_file() else set()
+    vectors = next((name for name in ("avx512f", "avx2", "asimd") if name in flags), None)
+    slow = "" if vectors else "Products are slow here; use a machine with AVX2 or a GPU."
+    yield _check(
+        "cpu", "ok" if vectors else "warn", f"{os.cpu_count()} cores, {vectors or 'no vector instructions'}", slow
+    )
+    compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
+    remedy = "" if compiler else "Install gcc: NF4, ratings and mixed adapters run on slower torch code without."
+    yield _check("compiler", "ok" if compiler else "warn", compiler or "none for the compiled kernels", remedy)
+
+
+def _ports(store: Path) -> Iterator[Check]:
+    """The ports that `run` and `ui` take unless told otherwise."""
+    from cluster import session
+    from cluster.errors import PortError
+    from cluster.processes import require_free
+
+    endpoint = store.is_dir() and session.status(store) is not None
+    for port, setting, user in ((8000, "serve.port", "the endpoint"), (5000, "rankline ui --port", "MLflow's page")):
+        try:
+            require_free(port, setting)
+            yield _check("port", "ok", f"127.0.0.1:{port} is free for {user}")
+        except PortError:
+            if endpoint and setting == "serve.port":
+                yield _check("port", "ok", f"127.0.0.1:{port} is in use, and this store's cluster is up")
+                continue
+            remedy = f"Set {setting}, or end the program that has it."
+            yield _check("port", "warn", f"127.0.0.1:{port} is in use; {user} would take it", remedy)
 
 
 def _memory(_store: Path) -> Iterator[Check]:

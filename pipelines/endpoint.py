@@ -64,6 +64,16 @@ def version_id(registered: Mapping[str, Any]) -> str:
     return f"{registered['name']}:{registered['version']}"
 
 
+def check_served(store: Store, keys: Mapping[str, str]) -> None:
+    """Hash again what replicas read.
+
+    Raises:
+        ArtifactError: it is damaged.
+    """
+    for stage in ("shard", "quantize"):
+        store.check(stage, keys[stage])
+
+
 def deploy_endpoint(
     config: PipelineConfig, store: Store, keys: dict[str, str], registered: dict[str, Any], tracker: Tracker
 ) -> dict[str, Any]:
@@ -79,6 +89,7 @@ def deploy_endpoint(
         ids = (spec.base_model_id, *spec.adapters.model_ids())
         endpoint = Endpoint(spec.app_name, "/", url, config.serve.num_replicas, ids)
     else:
+        check_served(store, keys)
         endpoint = deploy(spec, config.serve)
     answer = smoke(endpoint, token, SMOKE_PROMPT, version_id(registered))
     return {

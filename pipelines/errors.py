@@ -77,7 +77,9 @@ def is_disk_error(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno in _DISK:
         return True
     text = str(error)
-    return any(f"(os error {number})" in text or os.strerror(number) in text for number in (errno.ENOSPC, errno.EDQUOT))
+    if any(f"(os error {number})" in text for number in _DISK):
+        return True
+    return any(os.strerror(number) in text for number in (errno.ENOSPC, errno.EDQUOT))
 
 
 def explain(error: BaseException, code: int) -> str:

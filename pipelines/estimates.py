@@ -15,6 +15,7 @@ from typing import Any
 from lowrank.headers import TensorHeader
 from pipelines.config import PipelineConfig
 from pipelines.rowcheck import RowStats
+from pipelines.sources import Sources
 
 #: A quantized weight, its block maxima and its factors, in bytes per weight (an upper bound for r <= 64).
 PACKED_BYTES = 0.75
@@ -89,7 +90,7 @@ def estimates(config: PipelineConfig, size: ModelSize, rows: dict[str, RowStats]
         trained = min(trained, config.finetune.max_steps * config.finetune.global_batch_size)
     return {
         "disk_bytes": disk_bytes(size),
-        "memory_bytes": _memory(config, size),
+        "memory_bytes": memory_bytes(config, size),
         "seconds": _seconds(config, size, rows, speed, trained, heldout),
         "assumed": {
             "num_parameters": size.num_parameters,
@@ -103,7 +104,29 @@ def estimates(config: PipelineConfig, size: ModelSize, rows: dict[str, RowStats]
     }
 
 
-def _memory(config: PipelineConfig, size: ModelSize) -> dict[str, int]:
+#: What makes a stage need less memory.
+_SMALLER = {
+    "decompose": "decompose.block_bytes",
+    "finetune": "finetune.micro_batch_size or data.max_length, or set finetune.gradient_checkpointing",
+    "evaluate": "evaluate.batch_size",
+}
+
+
+def memory_advice(config: PipelineConfig, sources: Sources, stage: str) -> str:
+    """What a stage was estimated to need, what this node has, and what to change."""
+    import psutil
+
+    wanted = memory_bytes(config, model_size(sources.model.headers())).get(stage, PROCESS_BYTES)
+    free = psutil.virtual_memory().available
+    lower = f"lower {_SMALLER[stage]}, or " if stage in _SMALLER else ""
+    return (
+        f"A process of this stage is estimated at {wanted / 2**30:.1f} GiB; this node has {free / 2**30:.1f} GiB free. "
+        f"To go on, {lower}use nodes with more memory."
+    )
+
+
+def memory_bytes(config: PipelineConfig, size: ModelSize) -> dict[str, int]:
+    """Bytes per process of every stage, roughly."""
     block = min(size.largest_tensor_bytes, config.decompose.block_bytes)
     tune = config.finetune
     tokens = tune.micro_batch_size * config.data.max_length

@@ -63,6 +63,8 @@ def _finished(store_dir: Path, run: str) -> tuple[PipelineConfig, ModelSource, P
     config, store, keys = parse(read_yaml(directory / "pipeline.yaml")), Store(store_dir), record["keys"]
     if "finetune" not in keys or store.read_manifest("finetune", keys["finetune"]) is None:
         raise ArtifactError(f"export {run!r}: its finetune stage is not finished. Run `rankline resume {run}`.")
+    for stage in ("shard", "quantize", "finetune"):
+        store.check(stage, keys[stage])
     return config, model_source(config, store, keys), store.units("finetune", keys["finetune"]).path("adapter")
 
 
@@ -74,6 +76,10 @@ def _losses(store_dir: Path, run: str, source: ModelSource, adapter: Path, writt
     units = Store(store_dir).units("evaluate", workflow.read_record(store_dir / run)["keys"]["evaluate"])
     if not units.is_committed("tokens"):
         return {}
+    try:
+        units.read("tokens", verify=True)
+    except ValueError as error:
+        raise ArtifactError(f"export {run!r}: {error}. Delete that unit and run `rankline resume {run}`.") from error
     return losses_over_original(source, adapter, written, units.path("tokens") / "tokens.parquet")
 
 

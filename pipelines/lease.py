@@ -7,12 +7,14 @@ whether that driver lives.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import socket
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +42,49 @@ def holder(path: Path) -> dict[str, Any] | None:
     return None if here and _start_time(pid) != started else data
 
 
+@dataclass(frozen=True)
+class Lease:
+    """A lease that was taken, and the token that tells it from every other one."""
+
+    path: Path
+    token: str
+
+    def require(self) -> None:
+        """Go on only while the lease is still this one; to be called before anything is committed.
+
+        Raises:
+            LeaseError: somebody took it away, or another driver has taken the run over.
+        """
+        try:
+            found = json.loads(self.path.read_text())
+        except (FileNotFoundError, ValueError):  # a disk that refuses says so itself
+            found = {}
+        if not isinstance(found, dict) or found.get("token") != self.token:
+            other = f"driver {found['pid']} on {found['host']} is" if _is_record(found) else "somebody was"
+            raise LeaseError(
+                f"run {self.path.parent.name}: {other} at {self.path} while this driver held it. This driver stops; "
+                "what it has committed stays."
+            )
+
+    @contextlib.contextmanager
+    def fenced(self) -> Iterator[None]:
+        """Keep out other drivers of this host from taking over while the block writes what only the holder may.
+
+        Raises:
+            LeaseError: see `require`.
+        """
+        with _guard(self.path):
+            self.require()
+            yield
+
+
+def _is_record(found: Any) -> bool:
+    return isinstance(found, dict) and {"pid", "host", "token"} <= set(found)
+
+
 @contextlib.contextmanager
-def lease(path: Path) -> Iterator[str]:
-    """Hold the lease while the block runs; yields the fencing token.
+def lease(path: Path) -> Iterator[Lease]:
+    """Hold the lease while the block runs.
 
     Raises:
         LeaseError: a live driver holds it.
@@ -53,7 +95,7 @@ def lease(path: Path) -> Iterator[str]:
     with _guard(path):
         _claim(path, record)
     try:
-        yield token
+        yield Lease(path, token)
     finally:
         with _guard(path):
             if (holder(path) or {}).get("token") == token:
@@ -66,9 +108,46 @@ def _guard(path: Path) -> Iterator[None]:
 
     Without it a slow claimant of a stale lease could take away the live one that a faster claimant has just made.
     """
-    with path.with_name(f".{path.name}.lock").open("a") as handle:
-        with contextlib.suppress(OSError):  # a file system without locks: the exclusive link below still holds
+    with contextlib.ExitStack() as stack:
+        # A disk that refuses, or a file system without locks: the exclusive link below still holds.
+        with contextlib.suppress(OSError):
+            handle = stack.enter_context(path.with_name(f".{path.name}.lock").open("a"))
             fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def store_in_use(root: Path) -> Iterator[None]:
+    """Let nobody clear the store up while the block runs.
+
+    Raises:
+        LeaseError: somebody does.
+    """
+    with _locked(root, fcntl.LOCK_SH, f"use {root}: `rankline gc` is at this store. Wait for it."):
+        yield
+
+
+@contextlib.contextmanager
+def store_to_oneself(root: Path) -> Iterator[None]:
+    """Let no run begin while the block runs.
+
+    Raises:
+        LeaseError: one is under way.
+    """
+    with _locked(root, fcntl.LOCK_EX, f"clear {root} up: a driver is at a run of this store. Wait for it."):
+        yield
+
+
+@contextlib.contextmanager
+def _locked(root: Path, kind: int, refusal: str) -> Iterator[None]:
+    with (root / "_store.lock").open("a+") as handle:  # NFS gives shared locks to readers alone
+        try:
+            fcntl.flock(handle, kind | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise LeaseError(refusal) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # a file system without locks
+                raise
         yield
 
 

@@ -23,10 +23,15 @@ from typing import Any
 from cluster.durable import sync
 from cluster.errors import ServeError
 from cluster.serving.sources import ForeignAdapterError, UnknownAdapterError, Version
-from pipelines.errors import TrackingError
+from pipelines.errors import ArtifactError, TrackingError
 from pipelines.tracking import ListedModel, ListedVersion, RegistryReader
 
 logger = logging.getLogger("ray.serve.rankline")
+
+#: What reading a registry raises; the second where a disk refused.
+_UNREADABLE = (TrackingError, ArtifactError)
+#: Looks at a registry that another client is writing to, until its aliases and its versions agree.
+_LOOKS = 3
 
 
 @dataclass(frozen=True)
@@ -133,7 +138,7 @@ class RegistrySource:
                 self._registry().download(listed, f"adapter/{file}", temporary, self._most_bytes)
                 sync(temporary / file)
             temporary.rename(target)
-        except (TrackingError, OSError) as error:
+        except (*_UNREADABLE, OSError) as error:
             if not target.is_dir():  # else somebody else was first
                 raise ServeError(f"fetch {version.id}: {error}") from error
         finally:
@@ -167,7 +172,7 @@ class RegistrySource:
                 for old, new in changed:
                     logger.info("what was %s is %s now", old.id, new.id)
                     moved(old, new)
-            except TrackingError as error:
+            except _UNREADABLE as error:
                 logger.warning("the registry cannot be read; what was known is served on: %s", error)
             except Exception:  # whatever it was, aliases must be followed on
                 logger.exception("a look at the registry failed; what was known is served on")
@@ -176,7 +181,7 @@ class RegistrySource:
         if self._table is None:
             try:
                 self.refresh()
-            except TrackingError as error:
+            except _UNREADABLE as error:
                 raise ServeError(f"read the model registry: {error}") from error
         assert self._table is not None
         return self._table
@@ -193,14 +198,18 @@ class RegistrySource:
             TrackingError: it cannot be read.
         """
         with self._lock:
-            reader, kept = self._registry(), {}
-            models = reader.models()
-            for model in models:
-                before = self._versions.get(model.name)
-                fresh = before is not None and before[0] == model.updated_ms
-                kept[model.name] = before if before and fresh else (model.updated_ms, reader.versions(model.name))
-            self._versions = kept
+            for _ in range(_LOOKS):
+                models = self._registry().models()
+                self._versions = {model.name: self._versions_of(model) for model in models}
+                if all(_whole(model, self._versions[model.name][1]) for model in models):
+                    break
             self._table = self._tabulate(models)
+
+    def _versions_of(self, model: ListedModel) -> tuple[int, list[ListedVersion]]:
+        before = self._versions.get(model.name)
+        if before is not None and before[0] == model.updated_ms and _whole(model, before[1]):
+            return before
+        return model.updated_ms, self._registry().versions(model.name)
 
     def _tabulate(self, models: list[ListedModel]) -> _Table:
         names: dict[str, Version] = {}
@@ -245,6 +254,14 @@ class RegistrySource:
             if ours is not None and theirs != ours:
                 return f"it was trained over another base ({tag} is {theirs}, served is {ours})."
         return ""
+
+
+def _whole(model: ListedModel, versions: list[ListedVersion]) -> bool:
+    """Whether every alias holds a version that is known.
+
+    MLflow reads a model, its aliases and its versions by a statement each, so that another client may write between.
+    """
+    return set(model.aliases.values()) <= {listed.version for listed in versions}
 
 
 def _digest(listed: ListedVersion) -> str:

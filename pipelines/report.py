@@ -66,7 +66,7 @@ def write_report(path: Path, config: PipelineConfig, summary: Mapping[str, Any],
     Args:
         path: The HTML file.
         config: The pipeline.
-        summary: What `pipelines.workflow.summarise` returns.
+        summary: What `pipelines.summary.summarise` returns.
         artifacts: Directory of each stage's output, by name; what is missing there is left out of the page.
     """
     page = _environment().get_template("report.html.j2").render(_view(config, summary, artifacts))

@@ -10,16 +10,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cluster.durable import write_json
 from cluster.serving.auth import check_exposure, ensure_token
 from cluster.serving.deploy import ROUTE_PREFIX, application, deployment_options
 from pipelines.artifacts import Store
 from pipelines.config import PipelineConfig, parse, read_yaml
-from pipelines.endpoint import deploy_endpoint, serve_spec
+from pipelines.endpoint import check_served, deploy_endpoint, serve_spec
 from pipelines.errors import ConfigError
 from pipelines.session import open_cluster
 from pipelines.tracking import Tracker, default_uri
-from pipelines.workflow import read_record
+from pipelines.workflow import read_record, write_record
 
 
 def redeploy(root: Path, name: str) -> tuple[dict[str, Any], str]:
@@ -27,13 +26,14 @@ def redeploy(root: Path, name: str) -> tuple[dict[str, Any], str]:
 
     Raises:
         ConfigError: there is no such run, or it has registered nothing yet.
+        ArtifactError: what the replicas would read is damaged.
     """
     store = Store(root)
     config, record, registered = finished_run(store, name)
     open_cluster(config, root)
     tracker = Tracker(root, config.register.tracking_uri, config.register.experiment)
     endpoint = deploy_endpoint(config, store, record["keys"], registered, tracker)
-    write_json(store.run_dir(name) / "run.json", record | {"endpoint": endpoint, "updated": time.time()})
+    write_record(store.run_dir(name), record | {"endpoint": endpoint, "updated": time.time()})
     return endpoint, registered["name"]
 
 
@@ -59,11 +59,13 @@ def build(args: dict[str, str]) -> Any:
         ConfigError: there is no such run.
         ServeError: the address is not loopback, and the run has no token file of its own.
         TokenError: the token file cannot be used.
+        ArtifactError: what the replicas would read is damaged.
     """
     store = Store(Path(args["store"]))
     config, record, registered = finished_run(store, args["run"])
     uri = config.register.tracking_uri or default_uri(store.root)
     spec = serve_spec(config, store, record["keys"], registered, uri)
+    check_served(store, record["keys"])
     check_exposure(config.serve.host, config.serve.token_file)
     ensure_token(spec.token_file)
     return application(spec, config.serve)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import _thread
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from pipelines.config import PipelineConfig
@@ -31,35 +36,89 @@ def open_cluster(config: PipelineConfig, store: Path) -> str:
     return head.address
 
 
+@contextlib.contextmanager
+def on_cluster(config: PipelineConfig, store: Path) -> Iterator[None]:
+    """Connect; once the cluster answers no more, whatever Ray raises in the block ends as one clear error.
+
+    Raises:
+        cluster.errors.ClusterError: as `open_cluster`; ConnectError when the cluster is gone.
+    """
+    from cluster.errors import ConnectError
+    from cluster.watch import EMBEDDED_PATIENCE_S, PATIENCE_S, watched
+
+    address = open_cluster(config, store)
+    gone = ConnectError(f"the Ray cluster at {address} answers no more; what is committed stays. Resume the run.")
+    lost = False
+
+    def tell(_signal: int, _frame: FrameType | None) -> None:
+        nonlocal lost
+        lost = True
+        raise gone
+
+    try:
+        previous = signal.signal(signal.SIGUSR1, tell)
+    except ValueError:  # not the main thread
+        yield
+        return
+    patience = EMBEDDED_PATIENCE_S if config.cluster.address is None else PATIENCE_S
+    try:
+        with watched(address, patience, partial(_thread.interrupt_main, signal.SIGUSR1)):
+            yield
+    except BaseException as error:
+        if lost and error is not gone:
+            raise gone from error
+        raise
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
+
+
 def unit_runner(
     config: PipelineConfig,
     should_stop: Callable[[], bool],
+    say: Callable[[str], None],
     fn: Callable[[Any], Any],
     items: Sequence[Any],
     *,
     num_cpus: float,
     on_done: Callable[[Any, Any], None],
 ) -> None:
-    """Run unit functions on the connected cluster, bounded in flight.
+    """Run unit functions on the connected cluster, bounded in flight; one at a time once memory ran out.
 
     Raises:
         Interrupted: the user asked to stop; units in flight were finished.
+        OutOfMemoryError: a unit does not fit even alone.
     """
+    from cluster.errors import OutOfMemoryError
     from cluster.executor import run_units
+    from cluster.failures import is_out_of_memory
 
-    in_flight = config.cluster.max_in_flight or default_in_flight(config)
-    done = 0
+    done: set[int] = set()
 
     def count(item: Any, result: Any) -> None:
-        nonlocal done
-        done += 1
+        done.add(id(item))
         on_done(item, result)
 
-    run_units(
-        fn, items, on_done=count, num_cpus=num_cpus, max_in_flight=in_flight, spread=True, should_stop=should_stop
-    )
-    if done < len(items):
-        raise Interrupted(f"stopped with {done} of {len(items)} units done; what is committed stays.")
+    def run(in_flight: int) -> None:
+        left = [item for item in items if id(item) not in done]
+        run_units(
+            fn, left, on_done=count, num_cpus=num_cpus, max_in_flight=in_flight, spread=True, should_stop=should_stop
+        )
+
+    in_flight = config.cluster.max_in_flight or default_in_flight(config)
+    try:
+        try:
+            run(in_flight)
+        except Exception as error:
+            if in_flight == 1 or not is_out_of_memory(error):
+                raise
+            say(f"out of memory with {in_flight} units in flight; the other {len(items) - len(done)} go one at a time")
+            run(1)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise OutOfMemoryError(f"a unit ran out of memory alone on its node ({error}).") from error
+        raise
+    if len(done) < len(items):
+        raise Interrupted(f"stopped with {len(done)} of {len(items)} units done; what is committed stays.")
 
 
 def default_in_flight(config: PipelineConfig) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipelines.progress import hms
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
+    from pipelines.maintenance import Garbage
     from pipelines.workflow import RunResult
 
 
@@ -222,3 +224,36 @@ def exported(facts: dict[str, Any]) -> None:
             f"held-out loss over the original weights {after:.4f}, of the model as it was trained {before:.4f} "
             f"({after - before:+.4f}; {facts['loss_rows']} rows)"
         )
+
+
+def verified(found: dict[str, Any]) -> None:
+    """What `rankline verify` found."""
+    from rich.text import Text
+
+    colours = {"whole": "green", "damaged": "red"}
+    title = f"{found['run']}: {size(found['bytes'])} in {hms(found['seconds'])}"
+    table = new_table(title, "stage", "key", "state", "units", "files", "size")
+    for stage in found["stages"]:
+        state = Text(stage["state"], colours.get(stage["state"], ""))
+        figures = str(stage["units"]), str(stage["files"]), size(stage["num_bytes"])
+        table.add_row(stage["stage"], stage["key"][:12], state, *figures)
+    print_all(table)
+    for problem in found["problems"]:
+        print_all(_marked("red", "damaged: ", problem))
+    if any(stage["state"] == "damaged" for stage in found["stages"]):
+        print_all("Delete the directory of a damaged stage and run again: it is made anew.")
+
+
+def garbage(found: Sequence[Garbage], deleted: bool) -> None:
+    """What `rankline gc` found, or removed."""
+    if not found:
+        print_all("nothing to remove: every artifact belongs to a run or a registered version")
+        return
+    title = f"{'removed' if deleted else 'not needed'}: {size(sum(one.num_bytes for one in found))}"
+    table = new_table(title, "size", "path")
+    for one in found:
+        inner = one.path.parts[one.path.parts.index("_artifacts") + 1 :]
+        table.add_row(size(one.num_bytes), "/".join(inner))
+    print_all(table)
+    if not deleted:
+        print_all("`rankline gc --delete` removes it.")

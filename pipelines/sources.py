@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import glob
+import contextlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cluster.durable import canonical, sha256_bytes, sha256_file, write_json
 from cluster.errors import DataError, ModelError
+from cluster.sources import open_source
 from lowrank.headers import TensorHeader, gguf_headers, safetensors_files, safetensors_headers
 from pipelines.config import ModelConfig, PipelineConfig
 
 if TYPE_CHECKING:
     from lowrank.checkpoint import Checkpoint
 
+#: A file, its size in bytes, its time of change in ns and its sha256.
+Stamps = tuple[tuple[Path, int, int, str], ...]
+_AGAIN = "Nothing of it is kept; run again, once nobody writes to it."
 #: Files beside the weights that belong to a model.
 META_FILES = (
     "config.json",
@@ -127,22 +131,16 @@ def _download(repository: str, revision: str | None) -> Path:
         ) from error
 
 
-def data_files(source: str) -> list[Path]:
-    """JSONL and Parquet files of a path, directory or glob.
+def data_files(source: str) -> tuple[Path, ...]:
+    """JSONL and Parquet files of a path, directory or glob: those that the rows are read from.
 
     Raises:
         DataError: none found.
     """
-    path = Path(source).expanduser()
-    if path.is_file():
-        return [path.resolve()]
-    names = [str(child) for child in path.iterdir()] if path.is_dir() else glob.glob(str(path))
-    files = sorted(Path(name).resolve() for name in names if name.endswith((".jsonl", ".json", ".parquet")))
-    if not files:
-        raise DataError(
-            f"read data {source!r}: no .jsonl, .json or .parquet file there. Check data.train, data.heldout."
-        )
-    return files
+    if "://" not in source:
+        with contextlib.suppress(DataError):
+            return tuple(Path(file) for file in open_source(source).files)
+    raise DataError(f"read data {source!r}: no .jsonl, .json or .parquet file there. Check data.train, data.heldout.")
 
 
 class SourceHashes:
@@ -157,9 +155,14 @@ class SourceHashes:
 
     def of(self, files: Iterable[Path], named: bool = True) -> str:
         """One hash over the contents of files, in order, and over their names where those have a meaning."""
-        digest = sha256_bytes(canonical([(file.name if named else "", self._one(file)) for file in files]))
+        digest = _over(files, named, self._one)
         write_json(self._path, self._known)
         return digest
+
+    def stamps(self, files: Iterable[Path]) -> Stamps:
+        """Size, time and hash of files when they were hashed."""
+        known = [(file, self._known[str(file)]) for file in files]
+        return tuple((file, *entry["stamp"][:2], entry["sha256"]) for file, entry in known)
 
     def _one(self, file: Path) -> str:
         stat = file.stat()
@@ -172,6 +175,35 @@ class SourceHashes:
         return digest
 
 
+def _over(files: Iterable[Path], named: bool, content: Callable[[Path], str]) -> str:
+    return sha256_bytes(canonical([(file.name if named else "", content(file)) for file in files]))
+
+
+def _content_of(files: Iterable[Path], named: bool) -> str | None:
+    """Hash over the files as they are now; None where one is gone."""
+    try:
+        return _over(files, named, sha256_file)
+    except FileNotFoundError:
+        return None
+
+
+def require_stamps(stamps: Stamps) -> None:
+    """Refuse files that were written to since they were hashed; another node's copy of the same bytes is fine.
+
+    Raises:
+        ModelError: one was; the message names it.
+    """
+    for file, size, time_ns, digest in stamps:
+        try:
+            stat = file.stat()
+            same = (stat.st_size, stat.st_mtime_ns) == (size, time_ns)
+            same = same or (stat.st_size == size and sha256_file(file) == digest)
+        except OSError as error:
+            raise ModelError(f"read {file}: it is there no more ({error.strerror}). {_AGAIN}") from error
+        if not same:
+            raise ModelError(f"read {file}: it changed while the model was read. {_AGAIN}")
+
+
 @dataclass(frozen=True)
 class Sources:
     """The outside world of one run, hashed."""
@@ -180,15 +212,46 @@ class Sources:
     model_sha256: str
     train_sha256: str
     heldout_sha256: str
+    model_stamps: Stamps
+    data: Mapping[str, tuple[str, tuple[Path, ...]]]
+    """What `train` and `heldout` are called in the configuration, and their files."""
+
+    def require_model(self) -> None:
+        """Hash the model's files again, after they were read.
+
+        Raises:
+            ModelError: they are others than when the run began.
+        """
+        require_stamps(self.model_stamps)
+        if _content_of(self.model.files(), True) != self.model_sha256:
+            raise ModelError(f"read {self.model.path}: its files changed while they were read. {_AGAIN}")
+
+    def require_data(self, part: Literal["train", "heldout"]) -> None:
+        """List and hash the files of `data.train` or `data.heldout` again, after they were read.
+
+        Raises:
+            DataError: they are others than when the run began.
+        """
+        source, files = self.data[part]
+        before = self.train_sha256 if part == "train" else self.heldout_sha256
+        if data_files(source) != files or _content_of(files, False) != before:
+            names = ", ".join(str(file) for file in files[:3])
+            raise DataError(f"read data.{part}: {names} changed while the run read it. {_AGAIN}")
 
 
 def hash_sources(config: PipelineConfig, cache: Path) -> Sources:
     """Resolve and hash the model and the data of a pipeline."""
     hashes = SourceHashes(cache)
     model = resolve_model(config.model)
+    data = {
+        part: (source, data_files(source))
+        for part, source in (("train", config.data.train), ("heldout", config.data.heldout))
+    }
     return Sources(
         model=model,
         model_sha256=hashes.of(model.files()),
-        train_sha256=hashes.of(data_files(config.data.train), named=False),
-        heldout_sha256=hashes.of(data_files(config.data.heldout), named=False),
+        train_sha256=hashes.of(data["train"][1], named=False),
+        heldout_sha256=hashes.of(data["heldout"][1], named=False),
+        model_stamps=hashes.stamps(model.files()),
+        data=data,
     )

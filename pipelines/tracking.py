@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from pipelines.errors import TrackingError
+from pipelines.errors import ArtifactError, TrackingError, is_disk_error
 from pipelines.tracking_probe import probe
 
 P = ParamSpec("P")
@@ -27,7 +28,7 @@ def default_uri(store: Path) -> str:
 
 
 def _mapped(method: Callable[P, R]) -> Callable[P, R]:
-    """Turn what MLflow and its database raise into `TrackingError`."""
+    """Turn what MLflow and its database raise into `TrackingError`, or `ArtifactError` where the disk refused."""
 
     @wraps(method)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -37,9 +38,15 @@ def _mapped(method: Callable[P, R]) -> Callable[P, R]:
         try:
             return method(*args, **kwargs)
         except (MlflowException, SQLAlchemyError, OSError) as error:
-            text = " ".join(str(error).split())[:300]
+            text = re.sub(r"^\(raised as a result of [^)]*\) | \[SQL: .*", "", " ".join(str(error).split()))[:300]
+            doing = f"MLflow: {method.__name__.strip('_')}"
+            if is_disk_error(error) or "database or disk is full" in text:
+                raise ArtifactError(
+                    f"{doing}: the disk of its database or artifacts refused: {text}. See to that disk (room, "
+                    "permissions); what is committed stays."
+                ) from error
             raise TrackingError(
-                f"MLflow: {method.__name__.strip('_')}: {text}. Check register.tracking_uri, that no other program "
+                f"{doing}: {text}. Check register.tracking_uri, that no other program "
                 "holds the database locked, and the disk; then run again."
             ) from error
 
@@ -80,9 +87,9 @@ class Tracker:
 
         from mlflow import MlflowClient
 
-        # They print each of some fifty migrations of a new database.
-        for name in ("alembic", "mlflow.store.db.utils"):
-            logging.getLogger(name).setLevel(logging.WARNING)
+        # Some fifty migrations of a new database; and tracebacks of what is raised as an error of ours.
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
         self._client: Any = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
         found = self._client.get_experiment_by_name(experiment)

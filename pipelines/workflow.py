@@ -12,21 +12,24 @@ import json
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from cluster.durable import UnitStore, canonical, peak_rss_bytes, sha256_bytes, write_atomic, write_json
+from cluster.errors import OutOfMemoryError
 from pipelines.artifacts import Manifest, Store, stage_key
 from pipelines.config import PipelineConfig, to_dict
-from pipelines.errors import GateError, Interrupted, PipelineError
-from pipelines.lease import lease
+from pipelines.errors import GateError, Interrupted, LeaseError, PipelineError
+from pipelines.estimates import memory_advice
+from pipelines.lease import Lease, lease, store_in_use
 from pipelines.progress import ProgressBoard, StageProgress, hms
 from pipelines.sources import Sources, hash_sources
 from pipelines.stages import STAGES
 from pipelines.stages.base import Context, Stage
+from pipelines.summary import headline, shown, summarise
 from pipelines.tracking import Tracker, flatten
 
 
@@ -74,8 +77,10 @@ def run_key(keys: dict[str, str]) -> str:
     return sha256_bytes(canonical(keys))[:20]
 
 
-def run(config: PipelineConfig, quiet: bool = False) -> RunResult:
+def run(config: PipelineConfig, quiet: bool = False, verify: bool = False) -> RunResult:
     """Run a pipeline, or go on with it where it was left.
+
+    What a stage reads is hashed again before; with `verify` everything that was made before, read or not.
 
     Raises:
         PipelineError, cluster.errors.ClusterError, lowrank.errors.LowRankError: see `pipelines.errors.exit_code`.
@@ -83,8 +88,8 @@ def run(config: PipelineConfig, quiet: bool = False) -> RunResult:
     store = Store(Path(config.store.path).resolve())
     directory = store.run_dir(config.name)
     directory.mkdir(parents=True, exist_ok=True)
-    with lease(directory / "lease.json"), ProgressBoard(quiet) as board:
-        line = Line(config, store, board)
+    with store_in_use(store.root), lease(directory / "lease.json") as held, ProgressBoard(quiet) as board:
+        line = Line(config, store, board, held, verify)
         try:
             return line.run()
         except BaseException as error:
@@ -95,8 +100,11 @@ def run(config: PipelineConfig, quiet: bool = False) -> RunResult:
 class Line:
     """One pass of one driver over the stages of a pipeline."""
 
-    def __init__(self, config: PipelineConfig, store: Store, board: ProgressBoard) -> None:
-        self.config, self.store, self.board = config, store, board
+    def __init__(
+        self, config: PipelineConfig, store: Store, board: ProgressBoard, held: Lease, verify: bool = False
+    ) -> None:
+        self.config, self.store, self.board, self.held = config, store, board, held
+        self._verify, self._checked = verify, set[str]()
         self.directory = store.run_dir(config.name)
         self.sources = hash_sources(config, store.root / "_hashes.json")
         self.keys = stage_keys(config, self.sources)
@@ -109,12 +117,12 @@ class Line:
         """Every stage, then the endpoint, the summary and the report."""
         from pipelines.endpoint import deploy_endpoint
         from pipelines.preflight import require_ready
+        from pipelines.session import on_cluster
 
         require_ready(self.config, self.sources, self.store)
         self._write_record("RUNNING")
         write_atomic(self.directory / "pipeline.yaml", portable_yaml(self.config))
-        with self._signals():
-            self._connect()
+        with self._signals(), on_cluster(self.config, self.store.root):
             self.tracker = self._track()
             for stage in STAGES:
                 self._check_stop(stage.name)
@@ -133,18 +141,17 @@ class Line:
     def fail(self, error: BaseException) -> None:
         """Leave a record of how the run ended; what is committed stays."""
         interrupted = isinstance(error, KeyboardInterrupt | Interrupted)
-        self._write_record("INTERRUPTED" if interrupted else "FAILED", error=f"{type(error).__name__}: {error}")
+        try:
+            self._write_record("INTERRUPTED" if interrupted else "FAILED", error=f"{type(error).__name__}: {error}")
+        except LeaseError:
+            return  # the run is another driver's now, and so are its records
         if self.tracker is not None and self.tracker.parent:
             with contextlib.suppress(PipelineError):
                 self.tracker.end("KILLED" if interrupted else "FAILED")
 
-    def _connect(self) -> None:
-        from pipelines.session import open_cluster
-
-        open_cluster(self.config, self.store.root)
-
     def _track(self) -> Tracker:
         tracker = Tracker(self.store.root, self.config.register.tracking_uri, self.config.register.experiment)
+        self.store.remember_registry(tracker.uri)
         previous = read_record(self.directory)
         same = previous.get("run_key") == run_key(self.keys)
         tags = {"rankline.run_key": run_key(self.keys), "rankline.name": self.config.name}
@@ -156,22 +163,32 @@ class Line:
         progress = self.board.stage(stage.name)
         manifest = self.store.read_manifest(stage.name, key)
         if manifest is not None:
-            sidecar = json.loads((self.store.artifact(stage.name, key) / "sidecar.json").read_text())
+            if self._verify:
+                self._check_artifact(stage.name)
+            sidecar = self._read_sidecar(manifest)
             progress.finish(f"cached  {len(manifest.files)} units, key {key[:12]}")
             return _record(stage, manifest, sidecar, cached=True, done=0)
         assert self.tracker is not None
+        for name in stage.inputs:
+            self._check_artifact(name)
         store = self.store.units(stage.name, key)
         before = _commits(store)
         began = time.time()
         with self.tracker.stage(stage.name, key, stage.settings(self.config, self.sources)):
             manifest = self._execute(stage, store, progress)
-            sidecar = self._sidecar(stage, manifest, store, time.time() - began)
+            self._checked.add(stage.name)  # sealed just now
+            sidecar = self._write_sidecar(manifest, time.time() - began)
             numbers = {"stage_seconds": sidecar["seconds"], "stage_peak_rss_bytes": float(sidecar["peak_rss_bytes"])}
             facts = {k: float(v) for k, v in flatten(manifest.facts).items() if isinstance(v, int | float)}
             self.tracker.log(numbers | facts)
         done = _commits(store) - before
         progress.finish(f"{hms(time.time() - began)}  {len(manifest.files)} units, {done} made now")
         return _record(stage, manifest, sidecar, cached=False, done=done)
+
+    def _check_artifact(self, name: str) -> None:
+        if name not in self._checked:
+            self.store.check(name, self.keys[name])
+            self._checked.add(name)
 
     def _execute(self, stage: Stage, store: UnitStore, progress: StageProgress) -> Manifest:
         from pipelines.session import unit_runner
@@ -184,13 +201,20 @@ class Line:
             store=store,
             inputs={name: self.store.artifact(name, self.keys[name]) for name in stage.inputs},
             input_keys={name: self.keys[name] for name in stage.inputs},
-            runner=partial(unit_runner, self.config, lambda: self.stop_requested),
+            runner=partial(unit_runner, self.config, self._stopping, self.board.say),
             progress=progress,
             tracker=self.tracker,
             use_ray=True,
-            stopping=lambda: self.stop_requested,
+            stopping=self._stopping,
+            say=self.board.say,
         )
-        outcome = stage.run(context)
+        try:
+            outcome = stage.run(context)
+        except OutOfMemoryError as error:
+            raise OutOfMemoryError(
+                f"{stage.name}: {error} {memory_advice(self.config, self.sources, stage.name)}"
+            ) from error
+        self.held.require()
         return self.store.seal(
             stage.name,
             self.keys[stage.name],
@@ -201,15 +225,25 @@ class Line:
             stage.format_version,
         )
 
-    def _sidecar(self, stage: Stage, manifest: Manifest, store: UnitStore, seconds: float) -> dict[str, Any]:
+    def _write_sidecar(self, manifest: Manifest, seconds: float | None = None) -> dict[str, Any]:
+        """How a stage came about, beside its manifest; without `seconds` those of its units."""
+        store = self.store.units(manifest.stage, manifest.key)
         sides = [store.sidecar(unit) for unit in manifest.files]
         sidecar = {
-            "seconds": seconds,
+            "seconds": sum(float(side["seconds"]) for side in sides) if seconds is None else seconds,
             "peak_rss_bytes": max([peak_rss_bytes(), *(int(side["peak_rss_bytes"]) for side in sides)]),
             "finished": time.time(),
             "nodes": sorted({side["node"] for side in sides}),
         }
-        write_json(self.store.artifact(stage.name, manifest.key) / "sidecar.json", sidecar)
+        write_json(self.store.artifact(manifest.stage, manifest.key) / "sidecar.json", sidecar)
+        return sidecar
+
+    def _read_sidecar(self, manifest: Manifest) -> dict[str, Any]:
+        path = self.store.artifact(manifest.stage, manifest.key) / "sidecar.json"
+        try:
+            sidecar: dict[str, Any] = json.loads(path.read_text())
+        except (FileNotFoundError, ValueError):  # a driver died just after the manifest
+            return self._write_sidecar(manifest)
         return sidecar
 
     def _gate(self, stage: Stage) -> None:
@@ -228,8 +262,14 @@ class Line:
         return next(record.facts for record in self.records if record.name == stage)
 
     def _check_stop(self, stage: str) -> None:
+        self.held.require()
         if self.stop_requested:
             raise Interrupted(f"stopped before {stage}; what is committed stays.")
+
+    def _stopping(self) -> bool:
+        """Whether the user wants no more units; asked before each."""
+        self.held.require()
+        return self.stop_requested
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -252,23 +292,26 @@ class Line:
             signal.signal(signal.SIGINT, previous)
 
     def _write_record(self, status: str, **extra: Any) -> None:
+        before = read_record(self.directory)
         record = {
             "name": self.config.name,
             "run_key": run_key(self.keys),
             "status": status,
             "keys": self.keys,
             "manifests": {record.name: record.manifest_sha256 for record in self.records},
-            "stages": {record.name: _public(record) for record in self.records},
-            "mlflow_uri": self.tracker.uri if self.tracker else None,
-            "mlflow_run_id": self.tracker.parent if self.tracker else read_record(self.directory).get("mlflow_run_id"),
+            "stages": {record.name: shown(record) for record in self.records},
+            "mlflow_uri": self.tracker.uri if self.tracker else before.get("mlflow_uri"),
+            "mlflow_run_id": self.tracker.parent if self.tracker else before.get("mlflow_run_id"),
             "updated": time.time(),
         }
-        write_json(self.directory / "run.json", record | extra)
+        with self.held.fenced():
+            write_record(self.directory, record | extra)
 
     def _finish(self, endpoint: dict[str, Any] | None) -> RunResult:
         from pipelines.report import write_report
 
         assert self.tracker is not None
+        self.held.require()
         result = RunResult(
             name=self.config.name,
             run_key=run_key(self.keys),
@@ -284,7 +327,7 @@ class Line:
         write_report(self.directory / "report.html", self.config, result.summary, self._artifacts())
         for file in ("report.html", "summary.json", "pipeline.yaml"):
             self.tracker.log_artifacts(self.directory / file, run_id=self.tracker.parent)
-        self.tracker.log(_headline(result.summary))
+        self.tracker.log(headline(result.summary))
         self._write_record("FINISHED", endpoint=endpoint)
         self.tracker.end("FINISHED")
         return result
@@ -311,10 +354,6 @@ def _record(stage: Stage, manifest: Manifest, sidecar: dict[str, Any], cached: b
     )
 
 
-def _public(record: StageRecord) -> dict[str, Any]:
-    return {k: v for k, v in asdict(record).items() if k not in ("facts", "name")}
-
-
 def portable_yaml(config: PipelineConfig) -> bytes:
     """The whole configuration as YAML with absolute paths, so that it means the same from any directory."""
     import yaml
@@ -337,37 +376,17 @@ def _absolute(source: str | None) -> str | None:
 def read_record(directory: Path) -> dict[str, Any]:
     """The record of a run, or an empty mapping."""
     try:
-        record: dict[str, Any] = json.loads((directory / "run.json").read_text())
+        record = json.loads((directory / "run.json").read_text())
     except (OSError, ValueError):
         return {}
-    return record
+    return record if isinstance(record, dict) else {}
 
 
-def summarise(result: RunResult) -> dict[str, Any]:
-    """What tools read: losses, accuracies, stages, registered version, endpoint."""
-    facts: dict[str, dict[str, Any]] = {record.name: record.facts for record in result.stages}
-    evaluation = facts["evaluate"]
-    variants = ("dense", "nf4", "nf4_init", "adapter")
-    accuracy = {v: evaluation[v]["accuracy"] for v in variants}
-    return {
-        "name": result.name,
-        "run_key": result.run_key,
-        "seconds": result.seconds,
-        "losses": {v: evaluation[v]["loss"] for v in variants},
-        "perplexity": {v: evaluation[v]["perplexity"] for v in variants},
-        "accuracy": accuracy | {"majority": evaluation.get("majority", {}).get("accuracy")},
-        "calibrated_log_loss": {v: evaluation[v].get("calibrated_log_loss") for v in variants},
-        "gains": evaluation.get("gains"),
-        "passed": evaluation["passed"],
-        "stages": {record.name: _public(record) | {"facts": record.facts} for record in result.stages},
-        "registered": {k: facts["register"][k] for k in ("name", "version", "alias", "reason")},
-        "endpoint": result.endpoint,
-        "mlflow": {"uri": result.mlflow_uri, "run_id": result.mlflow_run_id},
-    }
+def write_record(directory: Path, record: dict[str, Any]) -> None:
+    """Replace the record of a run, with its own hash."""
+    write_json(directory / "run.json", record | {"sha256": record_hash(record)})
 
 
-def _headline(summary: dict[str, Any]) -> dict[str, float]:
-    """The figures that show in the table of MLflow's runs."""
-    numbers = {f"loss_{v}": value for v, value in summary["losses"].items()}
-    numbers |= {f"accuracy_{v}": value for v, value in summary["accuracy"].items() if value is not None}
-    return numbers | {"seconds": summary["seconds"]}
+def record_hash(record: dict[str, Any]) -> str:
+    """Hash of a run's record but for that entry itself."""
+    return sha256_bytes(canonical({name: value for name, value in record.items() if name != "sha256"}))

@@ -178,15 +178,16 @@ class Driver:
             time.sleep(0.01)
 
     def logged(self, stage: str, event: str, unit: str = "") -> Callable[[], bool]:
-        """Whether the ledger of a stage holds such a line."""
+        """Whether the ledger of a stage holds such a line that it does not hold yet."""
         root = store_of(self.config).root / "_artifacts" / stage
 
-        def seen() -> bool:
+        def count() -> int:
             stores = [UnitStore(path) for path in root.iterdir()] if root.is_dir() else []
             lines = [line for store in stores for line in store.ledger()]
-            return any(line["event"] == event and line["unit"].startswith(unit) for line in lines)
+            return sum(line["event"] == event and line["unit"].startswith(unit) for line in lines)
 
-        return seen
+        before = count()
+        return lambda: count() > before
 
     def kill(self) -> None:
         """SIGKILL, the driver alone."""

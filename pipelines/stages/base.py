@@ -55,6 +55,8 @@ class Context:
     use_ray: bool
     stopping: Callable[[], bool] = lambda: False
     """Whether the user has asked to stop after the units in flight."""
+    say: Callable[[str], None] = lambda _: None
+    """Tells the user something beside the progress."""
 
     def run_units(self, fn: Callable[[Any], Any], jobs: dict[str, Any], num_cpus: float = 1.0, extra: int = 0) -> None:
         """Run `fn(job)` for every unit that is not committed yet; `extra` units follow that the driver makes itself."""

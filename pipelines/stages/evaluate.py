@@ -53,7 +53,12 @@ def run(ctx: Context) -> Outcome:
     source = ctx.model_source(ctx.inputs["finetune"] / "units" / "adapter")
     data = ctx.config.data
     meta = ctx.inputs["shard"] / "units" / "meta"
-    write_tokens = partial(prepare_tokens, data.heldout, meta, data, use_ray=ctx.use_ray)
+
+    def write_tokens(directory: Path) -> dict[str, Any]:
+        facts = prepare_tokens(data.heldout, meta, data, directory, use_ray=ctx.use_ray)
+        ctx.sources.require_data("heldout")
+        return facts
+
     ctx.commit("tokens", write_tokens, counted=False)
     tokens = ctx.store.path("tokens") / "tokens.parquet"
     refuse_duplicates(ctx.inputs["finetune"] / "units" / "train-tokens" / "tokens.parquet", tokens)

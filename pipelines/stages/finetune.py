@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cluster.config import FinetuneConfig
 from cluster.model import ModelSource
@@ -45,7 +45,7 @@ def run(ctx: Context) -> Outcome:
         name=f"finetune-{ctx.key}",
         use_gpu=_has_gpu(ctx.use_ray),
     )
-    outcome = train(job, on_progress=_reporter(ctx, _total_steps(tune, train_tokens)))
+    outcome = train(job, on_progress=_reporter(ctx, _total_steps(tune, train_tokens)), say=ctx.say)
     units = ["train-tokens", *(["heldout-tokens"] if tune.eval_every else []), "adapter"]
     replaced = ctx.config.decompose.mode == "replace"
     if not replaced and _is_lora(ctx.store.path("adapter")):  # factors in W's place are no change of W
@@ -76,18 +76,23 @@ def _prepare(ctx: Context) -> tuple[Path, Path | None]:
 
     data, meta = ctx.config.data, ctx.inputs["shard"] / "units" / "meta"
 
-    def tokens(source: str) -> Callable[[Path], dict[str, Any]]:
-        return lambda out: prepare_tokens(source, meta, data, out, use_ray=ctx.use_ray)
+    def tokens(part: Literal["train", "heldout"], use_ray: bool = ctx.use_ray) -> Callable[[Path], dict[str, Any]]:
+        def write(out: Path) -> dict[str, Any]:
+            facts = prepare_tokens(getattr(data, part), meta, data, out, use_ray=use_ray)
+            ctx.sources.require_data(part)
+            return facts
 
-    ctx.commit("train-tokens", tokens(data.train), False)
+        return write
+
+    ctx.commit("train-tokens", tokens("train"), False)
     train_tokens = ctx.store.path("train-tokens") / "tokens.parquet"
     if ctx.config.finetune.eval_every:
-        ctx.commit("heldout-tokens", tokens(data.heldout), False)
+        ctx.commit("heldout-tokens", tokens("heldout"), False)
         heldout = ctx.store.path("heldout-tokens") / "tokens.parquet"
         refuse_duplicates(train_tokens, heldout)
         return train_tokens, heldout
     with tempfile.TemporaryDirectory() as scratch:
-        prepare_tokens(data.heldout, meta, data, Path(scratch), use_ray=False)
+        tokens("heldout", use_ray=False)(Path(scratch))
         refuse_duplicates(train_tokens, Path(scratch) / "tokens.parquet")
     return train_tokens, None
 

@@ -18,7 +18,7 @@ from cluster.architecture import Architecture
 from cluster.durable import UnitStore
 from cluster.errors import ModelError
 from pipelines.config import PipelineConfig, result_fields
-from pipelines.sources import ModelFiles, Sources, meta_files
+from pipelines.sources import ModelFiles, Sources, Stamps, meta_files, require_stamps
 from pipelines.stages.base import Context, Outcome, Stage
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ class ShardJob:
     unit: str
     model: ModelFiles
     rows: tuple[Rows, ...]
+    stamps: Stamps = ()
+    """Of the model's files; a unit that read others is refused."""
 
 
 def settings(config: PipelineConfig, sources: Sources) -> dict[str, Any]:
@@ -58,24 +60,37 @@ def settings(config: PipelineConfig, sources: Sources) -> dict[str, Any]:
 
 def run(ctx: Context) -> Outcome:
     """Write `meta`, one unit per shard file, and `index`."""
-    meta = {"meta": (ctx.store.root, ctx.sources.model)}
-    ctx.run_units(_meta_task, meta)
-    architecture = Architecture.load(ctx.store.path("meta") / "architecture.json")
-    plan = plan_shards(resolve_rows(ctx.sources.model.checkpoint(), architecture), ctx.config.shard.shard_bytes)
-    jobs = {
-        f"shard-{index:05d}": ShardJob(ctx.store.root, f"shard-{index:05d}", ctx.sources.model, tuple(rows))
-        for index, rows in enumerate(plan)
-    }
-    ctx.run_units(write_shard_unit, jobs, extra=1)
-    ctx.commit("index", partial(_write_index, ctx.store, list(jobs)))
+    try:
+        architecture, plan = _write_shards(ctx)
+        ctx.sources.require_model()
+    except ModelError:  # nobody can tell which units came from the other model
+        for unit in (ctx.store.root / "units").glob("*"):
+            ctx.store.discard(unit.name)
+        raise
+    shards = [f"shard-{index:05d}" for index in range(len(plan))]
+    ctx.commit("index", partial(_write_index, ctx.store, shards))
     facts = {
         "num_tensors": len(architecture.parameters),
         "num_parameters": sum(_numel(shape) for shape in architecture.parameters.values()),
-        "num_shards": len(jobs),
+        "num_shards": len(shards),
         "bytes": sum((row.stop - row.start) * _row_bytes(row) for rows in plan for row in rows),
         "model_type": architecture.model_type,
     }
-    return Outcome(["meta", *jobs, "index"], facts)
+    return Outcome(["meta", *shards, "index"], facts)
+
+
+def _write_shards(ctx: Context) -> tuple[Architecture, list[list[Rows]]]:
+    """`meta` and all shards; the architecture and what each shard holds."""
+    model, stamps = ctx.sources.model, ctx.sources.model_stamps
+    ctx.run_units(write_meta_unit, {"meta": ShardJob(ctx.store.root, "meta", model, (), stamps)})
+    architecture = Architecture.load(ctx.store.path("meta") / "architecture.json")
+    plan = plan_shards(resolve_rows(model.checkpoint(), architecture), ctx.config.shard.shard_bytes)
+    jobs = {
+        f"shard-{index:05d}": ShardJob(ctx.store.root, f"shard-{index:05d}", model, tuple(rows), stamps)
+        for index, rows in enumerate(plan)
+    }
+    ctx.run_units(write_shard_unit, jobs, extra=1)
+    return architecture, plan
 
 
 STAGE = Stage("shard", 1, (), settings, run, "checkpoint -> row-block shards, index, config, tokenizer")
@@ -92,15 +107,16 @@ def _row_bytes(rows: Rows) -> int:
     return _numel(rows.shape[1:]) * rows.itemsize
 
 
-def _meta_task(job: tuple[Path, ModelFiles]) -> None:
-    root, model = job
-    UnitStore(root).commit("meta", partial(_write_meta, model))
+def write_meta_unit(job: ShardJob) -> None:
+    """Write config, tokenizer and architecture as a unit."""
+    UnitStore(job.root).commit(job.unit, partial(_write_meta, job))
 
 
-def _write_meta(model: ModelFiles, directory: Path) -> dict[str, Any]:
+def _write_meta(job: ShardJob, directory: Path) -> dict[str, Any]:
     """config.json, the tokenizer and the architecture read from the config."""
     from cluster.architecture import describe, load_config
 
+    model = job.model
     if model.kind == "gguf":
         _write_gguf_meta(model, directory)
     else:
@@ -111,6 +127,7 @@ def _write_meta(model: ModelFiles, directory: Path) -> dict[str, Any]:
             shutil.copyfile(file, directory / file.name)
     architecture = describe(load_config(directory))
     architecture.save(directory / "architecture.json")
+    require_stamps(job.stamps)
     return {"model_type": architecture.model_type}
 
 
@@ -199,6 +216,7 @@ def _write_shard(job: ShardJob, directory: Path) -> dict[str, Any]:
         read = partial(read_rows, checkpoint, rows)
         pieces.append(Piece(f"{rows.tensor}@{rows.start}", DTYPES[rows.dtype], shape, rows.start, read))
     digests = write_shard(directory / "shard.safetensors", pieces)
+    require_stamps(job.stamps)
     records = [
         {"tensor": rows.tensor, "dtype": rows.dtype, "shape": list(rows.shape), "transposed": rows.transposed}
         | {"row_start": rows.start, "row_stop": rows.stop, "key": piece.key, "nbytes": nbytes, "sha256": digest}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,23 @@ def test_two_writers_of_one_unit_leave_one(tmp_path: Path) -> None:
     assert [writer.exitcode for writer in writers] == [0, 0]
     store = UnitStore(tmp_path)
     assert store.read("u", verify=True).files.keys() == {"a"}
-    assert sum(line["event"] == "commit" for line in store.ledger()) == 2
+    events = Counter(line["event"] for line in store.ledger())
+    assert events["commit"] == 1
+    assert events["surplus"] == events["start"] - 1
     assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_what_is_left_of_a_discarded_unit_is_in_nobodys_way(tmp_path: Path) -> None:
+    store = UnitStore(tmp_path)
+    store.commit("u", write_text("abc"))
+    (store.path("u") / "unit.json").unlink()  # a removal that was killed half way
+    assert not store.is_committed("u")
+    store.commit("u", write_text("abd"))
+    assert (store.read("u", verify=True), (store.path("u") / "sub" / "a.txt").read_text()) == (store.read("u"), "abd")
+    store.discard("u")
+    store.discard("u")
+    assert not list((tmp_path / "tmp").iterdir())
+    assert not store.path("u").exists()
 
 
 @pytest.mark.parametrize("change", ["flip", "truncate", "delete"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -24,7 +25,21 @@ from pipelines.config import parse
 from pipelines.sources import hash_sources
 from pipelines.tracking import Tracker
 
-COMMANDS = ("plan", "run", "submit", "status", "resume", "serve", "stop", "ui", "chat", "methods", "doctor")
+COMMANDS = (
+    "plan",
+    "run",
+    "submit",
+    "status",
+    "resume",
+    "serve",
+    "stop",
+    "ui",
+    "chat",
+    "verify",
+    "gc",
+    "methods",
+    "doctor",
+)
 STAGES = ["shard", "decompose", "quantize", "finetune", "evaluate", "register"]
 
 
@@ -123,6 +138,23 @@ def test_methods_come_from_the_registries(capsys: pytest.CaptureFixture[str]) ->
     assert main(["methods"]) == 0
 
 
+def test_doctor_knows_the_processor_and_who_has_a_port(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipelines import doctor
+
+    def found(check: str) -> dict[str, dict[str, str]]:
+        return {one["finding"]: one for one in getattr(doctor, check)(tmp_path)}
+
+    assert any(text.endswith(("avx512f", "avx2", "asimd")) for text in found("_processor"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert found("_processor")["none for the compiled kernels"]["remedy"].startswith("Install gcc")
+    with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", 5000)):
+        used = found("_ports")["127.0.0.1:5000 is in use; MLflow's page would take it"]
+        assert used["state"] == "warn"
+        assert "rankline ui --port" in used["remedy"]
+
+
 def test_doctor_has_a_remedy_for_each_finding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "_ray_token").write_text("t")
     (tmp_path / "_ray_token").chmod(0o644)
@@ -207,6 +239,19 @@ def test_a_bug_says_so_and_debug_shows_it(monkeypatch: pytest.MonkeyPatch, capsy
     assert "Traceback" not in message
     with pytest.raises(ZeroDivisionError):
         main(["methods", "--debug"])
+
+
+def test_ctrl_c_while_python_ends_leaves_at_once_with_the_code_of_the_command() -> None:
+    """Ray's own atexit hook sleeps; Ctrl-C there gave its traceback."""
+    press = "lambda: (print('ending', flush=True), os.kill(os.getpid(), signal.SIGINT), time.sleep(30))"
+    code = (
+        f"import atexit, os, signal, sys, time; atexit.register({press}); "
+        "from pipelines.cli import entry; sys.argv[1:] = ['status', 'nowhere', '--store', '.']; entry()"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=25)
+    assert ended.returncode == 2, ended.stderr
+    assert "ending" in ended.stdout
+    assert "Traceback" not in ended.stderr
 
 
 @pytest.mark.slow

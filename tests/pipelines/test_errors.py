@@ -181,8 +181,13 @@ def mlflow_file_store(case: Case) -> None:
     case.values["register"] = {"tracking_uri": f"file://{case.root}/mlruns"}
 
 
+def password_in_uri(case: Case) -> None:
+    case.values["register"] = {"tracking_uri": "postgresql://me:hunter2@127.0.0.1:9/mlflow"}
+
+
 #: spoiler -> exit code, words of the message (what it was), words of the remedy
 TABLE: dict[Callable[[Case], None], tuple[int, list[str], str]] = {
+    password_in_uri: (2, ["register.tracking_uri: holds a password"], "MLFLOW_TRACKING_PASSWORD"),
     unknown_keys: (2, ["colour: unknown", "decompose.rnak: unknown"], "Check the spelling"),
     missing_model: (2, ["model.source", "does not exist"], "Give a Hugging Face directory"),
     missing_package: (2, ["no-such-package-here", "not installed"], "pip install"),

@@ -27,10 +27,11 @@ HOLD += "with lease(Path(sys.argv[1])):\n    print('held', flush=True); time.sle
 
 def test_it_is_held_for_the_block_and_gone_after(tmp_path: Path) -> None:
     path = tmp_path / "run" / "lease.json"
-    with lease(path) as token:
+    with lease(path) as held:
         present = holder(path)
         assert present is not None
-        assert (present["pid"], present["token"]) == (os.getpid(), token)
+        assert (present["pid"], present["token"]) == (os.getpid(), held.token)
+        held.require()
     assert holder(path) is None
     assert not visible(path.parent)
 
@@ -86,10 +87,16 @@ def test_a_torn_lease_counts_as_none(tmp_path: Path, text: str) -> None:
 
 def test_who_lost_the_lease_does_not_remove_the_next_one(tmp_path: Path) -> None:
     path = tmp_path / "lease.json"
-    with lease(path):
+    with lease(path) as held:
         record = json.loads(path.read_text())
         path.write_text(json.dumps(record | {"token": "another"}))
+        with pytest.raises(LeaseError, match=rf"driver {os.getpid()} on .* is at .* This driver stops"):
+            held.require()
     assert path.is_file()
+    for text in ("", "[]", "null", "{}"):
+        path.write_text(text)
+        with pytest.raises(LeaseError, match="somebody was at"):
+            held.require()
 
 
 def test_of_many_claimants_of_a_stale_lease_one_wins(tmp_path: Path) -> None:
@@ -102,12 +109,12 @@ def test_of_many_claimants_of_a_stale_lease_one_wins(tmp_path: Path) -> None:
         def claim(won: list[str] = won, start: threading.Barrier = start) -> None:
             start.wait()
             try:
-                with lease(path) as token:
-                    won.append(token)
+                with lease(path) as held:
+                    won.append(held.token)
                     time.sleep(0.02)
                     present = holder(path)
                     assert present is not None
-                    assert present["token"] == token, "another claimant moved a live lease aside"
+                    assert present["token"] == held.token, "another claimant moved a live lease aside"
             except LeaseError:
                 pass
 
@@ -118,3 +125,24 @@ def test_of_many_claimants_of_a_stale_lease_one_wins(tmp_path: Path) -> None:
             thread.join()
         assert won
         path.unlink(missing_ok=True)
+
+
+def test_nobody_takes_over_inside_the_fence(tmp_path: Path) -> None:
+    path = tmp_path / "lease.json"
+    order: list[str] = []
+
+    def claim() -> None:
+        with lease(path):
+            order.append("claimed")
+
+    with lease(path) as held:
+        with held.fenced():
+            path.unlink()
+            other = threading.Thread(target=claim)
+            other.start()
+            time.sleep(0.3)
+            order.append("written")
+        other.join()
+        with pytest.raises(LeaseError, match="This driver stops"), held.fenced():
+            order.append("written without the lease")
+    assert order == ["written", "claimed"]

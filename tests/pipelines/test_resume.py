@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -12,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from lines import (
-    EXACT,
     MAX_IN_FLIGHT,
     Driver,
     assert_nothing_done_twice,
@@ -27,7 +24,7 @@ from lines import (
     unit_hashes,
     with_changes,
 )
-from safetensors.torch import load_file
+from resumed import KILLS, STAGES, assert_resumed, killed_in
 
 from cluster.metrics import steps_redone
 from lowrank.errors import CheckpointError
@@ -37,46 +34,6 @@ from pipelines.lease import holder
 from pipelines.workflow import read_record
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(600)]
-
-#: stage -> (ledger event, unit) that a driver is killed upon.
-KILLS = {
-    "shard": ("start", "shard-"),
-    "decompose": ("commit", ""),
-    "quantize": ("start", ""),
-    "finetune": ("commit", "step-"),
-    "evaluate": ("start", "nf4-"),
-    "register": ("start", "bundle"),
-}
-STAGES = list(KILLS)
-
-
-def killed_in(config: PipelineConfig, stage: str) -> None:
-    """Start a driver, and SIGKILL it in the middle of a stage."""
-    driver = Driver(config)
-    driver.until(driver.logged(stage, *KILLS[stage]))
-    driver.kill()
-    assert not is_finished(config, stage), f"the kill came after {stage}"
-    record = read_record(store_of(config).run_dir(config.name))
-    assert record["status"] == "RUNNING"
-
-
-def assert_resumed(config: PipelineConfig, whole: Any, kills: dict[str, int]) -> None:
-    """Everything is there, made once but for what was in flight, and equal to the uninterrupted run."""
-    for stage in STAGES:
-        assert assert_nothing_done_twice(config, stage) <= kills.get(stage, 0) * MAX_IN_FLIGHT, stage
-        if stage != "finetune":
-            assert set(events(config, stage, "commit")) == set(unit_hashes(config, stage)), stage
-    for stage in EXACT:
-        assert unit_hashes(config, stage) == unit_hashes(whole.config, stage), stage
-    root = stage_units(config, "finetune").root
-    assert steps_redone(root) <= kills.get("finetune", 0) * config.finetune.checkpoint_every
-    file = "units/adapter/adapter_model.safetensors"
-    ours, theirs = load_file(root / file), load_file(stage_units(whole.config, "finetune").root / file)
-    assert set(ours) == set(theirs)
-    for name, tensor in ours.items():
-        torch.testing.assert_close(tensor, theirs[name], atol=1e-4, rtol=0)
-    summary = json.loads((store_of(config).run_dir(config.name) / "summary.json").read_text())
-    assert summary["losses"] == pytest.approx(whole.result.summary["losses"], abs=1e-4)
 
 
 def test_killed_twice_no_unit_is_made_again(whole_line: Any, tmp_path: Path) -> None:

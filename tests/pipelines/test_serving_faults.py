@@ -23,17 +23,18 @@ import httpx
 import pytest
 import torch
 from serving_samples import free_port, make_served, write_served_adapter
+from soak import SOAK, record
 
 from cluster.config import ServeConfig
 from cluster.model import ModelSource, build_adapted, load_tokenizer
 from cluster.serving.auth import read_token
 from cluster.serving.deploy import deploy, undeploy
 from cluster.serving.spec import ServeSpec
-from lowrank.inject import Ready, adapted_layers, bytes_of, set_active
+from lowrank.inject import adapted_layers, set_active
+from lowrank.mixing import Ready, bytes_of
 from pipelines.registry import RegistrySource
 from pipelines.tracking import Tracker
 
-SOAK = int(os.environ.get("RANKLINE_SOAK", "1"))
 NAMES, REPUBLISHED, RESIDENT, CLIENTS = 16, 8, 4, 12
 PROMPTS = ("hello", "the sum of two and two", "z")
 NEW = 10
@@ -89,7 +90,7 @@ def answers(source: ModelSource, adapters: dict[str, Path]) -> tuple[dict[str, d
                                  pad_token_id=0)  # fmt: skip
             found[name][prompt] = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     name = next(iter(adapters))
-    return found, bytes_of(Ready.of(layer.adapters[name]) for _, layer in adapted_layers(model))
+    return found, bytes_of(Ready.of(layer.adapters[name], layer.base) for _, layer in adapted_layers(model))
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +232,10 @@ def test_no_answer_is_ever_another_adapters(world: World) -> None:
     finally:
         ended.set()
         mover.join()
+    record(
+        "requests while aliases move, adapters come and go", requests, [*tally.wrong, *tally.failed],
+        "the answer of the adapter asked for", refused=tally.refused,
+    )  # fmt: skip
     assert tally.wrong == []
     assert tally.right == requests
     assert not tally.failed
@@ -263,6 +268,10 @@ def test_a_replica_that_dies_under_load_is_replaced(world: World) -> None:
     killer.start()
     asyncio.run(load(world, 200 * SOAK, tally, seed=3))
     assert not killer.is_alive(), "it died while there was load"
+    record(
+        "requests while one of two replicas is killed", 200 * SOAK, tally.wrong,
+        "after trying again, the answer of the adapter asked for", tried_again=tally.refused + tally.failed,
+    )  # fmt: skip
     assert (tally.wrong, tally.right) == ([], 200 * SOAK)
     deadline = time.monotonic() + 90
     while len(set(replica_pids()) - {before[0]}) < 2:
