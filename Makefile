@@ -54,9 +54,8 @@ test: $(STAMP)  ## the test suite without its slow part
 test-all: $(STAMP)  ## the whole test suite
 	$(BIN)/python -m pytest
 
-soak: $(STAMP)  ## the fault tests of serving, twenty times as long
-	RANKLINE_SOAK=20 $(BIN)/python -m pytest -s --timeout 3600 tests/pipelines/test_serving_faults.py \
-	  tests/cluster/serving/test_fuzz.py
+soak: $(STAMP)  ## every fault at full size, resumable by job; counts into benchmarks/results/soak.json
+	$(BIN)/python benchmarks/soak.py $(JOBS)
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -24,6 +24,8 @@ THREADS = 2
 _REST_S = 0.2
 #: A memory-keeping allocator for both sides: fresh pages cost more than many of the products that fill them.
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**28)}
+#: Beside it where threads allocate: arenas of their own cannot grow by so much at once, and take more and more instead.
+ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +81,7 @@ def machine() -> dict[str, Any]:
         "threads": THREADS,
         "capability": torch.backends.cpu.get_cpu_capability(),
         "date": time.strftime("%Y-%m-%d"),
-        "allocator": ALLOCATOR,
+        "allocator": {name: value for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")},
     }
 
 
@@ -94,9 +96,13 @@ def versions(names: list[str]) -> dict[str, str]:
     return found
 
 
-def keep_memory() -> None:
-    """Start this script again under the allocator settings and thread counts that both sides share."""
-    wanted = ALLOCATOR | {name: str(THREADS) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+def keep_memory(**more: str) -> None:
+    """Start this script again under the allocator settings (`more`: further ones) and threads that both sides share."""
+    wanted = (
+        ALLOCATOR
+        | more
+        | {name: str(THREADS) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    )
     if any(os.environ.get(name) != value for name, value in wanted.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | wanted)
 
@@ -116,7 +122,10 @@ def main(name: str, jobs: Mapping[str, Callable[[], list[Row]]], packages: list[
         print(markdown(kept["rows"]))
         return
     facts = {"machine": machine(), "versions": versions(packages)}
-    same = kept.get("versions") == facts["versions"] and kept.get("machine", {}).get("cpu") == facts["machine"]["cpu"]
+    before = kept.get("machine", {})
+    same = kept.get("versions") == facts["versions"] and all(
+        before.get(name) == facts["machine"][name] for name in ("cpu", "allocator")
+    )
     done: dict[str, list[dict[str, Any]]] = kept.get("jobs", {}) if same else {}
     print(json.dumps(facts), flush=True)
     for job, measure in jobs.items():

