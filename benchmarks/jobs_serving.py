@@ -103,7 +103,7 @@ def our_engine() -> Any:
 def engine_tokens(names: Sequence[str | None], new: int = NEW) -> list[list[int]]:
     """What the engine answers to all prompts at once."""
     from cluster.serving.decoding import Sampling
-    from cluster.serving.engine import Job
+    from cluster.serving.slots import Job
 
     greedy = Sampling(temperature=0)
     return run(our_engine(), [Job(n, tuple(p), new, greedy) for n, p in zip(names, prompts())])
@@ -344,13 +344,15 @@ def seconds_with_store(model: Any, table: dict[str, str], asked: Sequence[str]) 
     import psutil
 
     from cluster.serving.decoding import Sampling
-    from cluster.serving.engine import Engine, Job
+    from cluster.serving.engine import Engine
+    from cluster.serving.holder import ModelHolder
+    from cluster.serving.slots import Job
     from cluster.serving.sources import FixedSource, Version
     from cluster.serving.store import AdapterStore, FullError, Lease
 
     one = Path(table["a0"], "adapter_model.safetensors").stat().st_size
     # A and B of a file, and Bᵀ beside them.
-    store = AdapterStore(model, FixedSource(table), {}, int(RESIDENT * 1.65 * one))
+    store = AdapterStore(ModelHolder(model), FixedSource(table), {}, int(RESIDENT * 1.65 * one))
     engine = Engine(model, Ids(), [], max_concurrent=REQUESTS)
     misses: list[float] = []
 

@@ -150,7 +150,7 @@ def in_process(one: Ask, began: float | None = None) -> Answered:
 def submit(one: Ask, began: float, done: queue.Queue[Answered]) -> None:
     """Hand a request to the engine of this process."""
     from cluster.serving.decoding import Sampling
-    from cluster.serving.engine import Job
+    from cluster.serving.slots import Job
 
     first: list[float] = []
 

@@ -142,6 +142,10 @@ class ServeConfig:
 
     enabled: Annotated[bool, EXECUTION] = True
     """Deploy after register."""
+    engine: Annotated[Literal["rankline", "vllm"], EXECUTION] = "rankline"
+    """`rankline` serves every family in one batch; `vllm` (installed beside) those that are plain LoRA exactly."""
+    vllm_options: Annotated[dict[str, Any], EXECUTION] = field(default_factory=dict)
+    """Further arguments of vLLM's engine (`max_lora_rank`, `gpu_memory_utilization`, `max_model_len` ...)."""
     host: Annotated[str, EXECUTION] = "127.0.0.1"
     """Address to bind; anything but loopback needs a token file of your own."""
     port: Annotated[int, Interval(ge=1, le=65535), EXECUTION] = 8000
@@ -152,6 +156,8 @@ class ServeConfig:
     """Serve starts replicas, up to so many, while each has more than `max_concurrent` requests; null starts none."""
     num_cpus: Annotated[float, Gt(0), EXECUTION] = 1.0
     """Logical CPUs of a replica."""
+    num_gpus: Annotated[float, Ge(0), EXECUTION] | None = None
+    """GPUs that Ray keeps for a replica; null takes one where the cluster has any."""
     token_file: Annotated[str | None, EXECUTION] = None
     """File with the bearer token (mode 0600); null makes one in the store."""
     max_new_tokens: Annotated[int, Ge(1), EXECUTION] = 512

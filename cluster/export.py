@@ -10,6 +10,7 @@ from cluster.artifacts import ShardSet, SplitSet
 from cluster.model import ModelSource, add_to_weights, build_dense, initial_adapters, load_tokenizer
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -110,6 +111,32 @@ def export_merged(source: ModelSource, adapter_dir: Path, out: Path, onto: Onto)
         "change": sum(moved) / len(moved),
         "requantization_error": sum(requantized) / len(requantized),
     }
+
+
+def export_base(source: ModelSource, out: Path, dtype: torch.dtype) -> None:
+    """Write the base that adapters were trained over as a dense model directory, tokenizer and configuration with it.
+
+    Args:
+        source: shards, splits and configuration of the run.
+        out: directory to write.
+        dtype: of the weights; a quantized base is dequantized, Q alone without the part that was split off.
+    """
+    import torch
+
+    from lowrank.adapters.pairs import RESIDUAL
+
+    shards = ShardSet(source.shards)
+    model = build_dense(shards, dtype)
+    if source.base == "nf4":
+        flipped = {spec.name for spec in shards.architecture.linears if spec.transposed}
+        for module, split in SplitSet(source.splits).items():
+            base = torch.zeros(split.shape) if split.residual is None else split.residual.dequantize(torch.float32)
+            layer: Any = model.get_submodule(module)
+            layer.weight = torch.nn.Parameter((base.T if module in flipped else base).to(dtype).contiguous(), False)
+    elif source.adapter.init in RESIDUAL:
+        add_to_weights(model, shards, {m: -a.delta_weight() for m, a in initial_adapters(source).items()})
+    model.save_pretrained(out)
+    load_tokenizer(source.shards).save_pretrained(out)
 
 
 def losses_over_original(source: ModelSource, adapter_dir: Path, exported: Path, tokens: Path) -> dict[str, Any]:

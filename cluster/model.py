@@ -201,6 +201,13 @@ def _bias(shards: ShardSet, module: str) -> Tensor | None:
     return shards.load(name).float() if name in shards.tensors else None
 
 
+def starts_from_part(source: ModelSource) -> bool:
+    """Whether the model before training is its base with the initial adapter: a split, a residual in dense weights."""
+    from lowrank.adapters.pairs import RESIDUAL
+
+    return source.base == "nf4" or source.adapter.init in RESIDUAL
+
+
 def initial_adapters(source: ModelSource) -> dict[str, Adapter]:
     """The adapter of every target before training (`finetune.adapter.init`); the same on every call."""
     from lowrank.adapters import registry
@@ -226,5 +233,10 @@ def _base_weight(shards: ShardSet, split: SplitWeight, base: str) -> Tensor:
 
 def generation_defaults(model: PreTrainedModel) -> dict[str, Any]:
     """Token ids that end an answer, from the model's own configuration."""
-    eos = model.generation_config.eos_token_id if model.generation_config else model.config.eos_token_id
-    return {"eos": [eos] if isinstance(eos, int) else list(eos or [])}
+    return {"eos": end_ids(model.generation_config or model.config)}
+
+
+def end_ids(config: Any) -> list[int]:
+    """Token ids that end an answer, as a model's or generation's configuration names them."""
+    eos = config.eos_token_id
+    return [eos] if isinstance(eos, int) else list(eos or [])

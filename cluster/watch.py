@@ -27,7 +27,7 @@ def watched(address: str, patience_s: float, lost: Callable[[], None]) -> Iterat
     def look() -> None:
         failed = 0  # probes in a row: a process that stood still has not been refused meanwhile
         while not ended.wait(_PERIOD_S):
-            failed = 0 if _answers(address) else failed + 1
+            failed = 0 if answers(address) else failed + 1
             if failed * _PERIOD_S > patience_s:
                 lost()
                 return
@@ -39,7 +39,8 @@ def watched(address: str, patience_s: float, lost: Callable[[], None]) -> Iterat
         ended.set()
 
 
-def _answers(address: str) -> bool:
+def answers(address: str) -> bool:
+    """Whether somebody listens at `host:port`."""
     with contextlib.suppress(OSError), socket.create_connection(split_address(address), timeout=_PERIOD_S):
         return True
     return False

@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 from cluster.errors import ClusterError, ServeError, TokenError
 from cluster.serving.auth import read_token
+from cluster.serving.client import to_replica_of
 from pipelines.errors import ConfigError
 from pipelines.plain_text import PlainText, plain
 
@@ -154,7 +155,7 @@ class ChatClient:
 
         timeout = httpx.Timeout(LOOK_S if body is None else SILENCE_S, connect=CONNECT_S)
         content = None if body is None else json.dumps(body)
-        headers = {} if body is None else {"Content-Type": "application/json"}
+        headers = {} if body is None else {"Content-Type": "application/json"} | to_replica_of(str(body["model"]))
         try:
             with self._http.stream(method, path, content=content, headers=headers, timeout=timeout) as response:
                 if response.status_code != 200:

@@ -56,6 +56,7 @@ def serve_spec(
         adapters=registry_source(config, store, source.base_facts, uri),
         required=(version_id(registered),),
         token_file=str(token_file(config, store.root)),
+        scratch_dir=str(store.root / "_served"),
     )
 
 

@@ -44,7 +44,7 @@ def on_cluster(config: PipelineConfig, store: Path) -> Iterator[None]:
         cluster.errors.ClusterError: as `open_cluster`; ConnectError when the cluster is gone.
     """
     from cluster.errors import ConnectError
-    from cluster.watch import EMBEDDED_PATIENCE_S, PATIENCE_S, watched
+    from cluster.watch import EMBEDDED_PATIENCE_S, PATIENCE_S, answers, watched
 
     address = open_cluster(config, store)
     gone = ConnectError(f"the Ray cluster at {address} answers no more; what is committed stays. Resume the run.")
@@ -65,7 +65,9 @@ def on_cluster(config: PipelineConfig, store: Path) -> Iterator[None]:
         with watched(address, patience, partial(_thread.interrupt_main, signal.SIGUSR1)):
             yield
     except BaseException as error:
-        if lost and error is not gone:
+        # Ray's own errors may come before the watch is sure of it.
+        ray_failed = isinstance(error, Exception) and not isinstance(error, Interrupted)
+        if error is not gone and (lost or (ray_failed and not answers(address))):
             raise gone from error
         raise
     finally:

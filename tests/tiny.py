@@ -46,12 +46,15 @@ def make_tokenizer(directory: Path, chat_template: str | None = CHAT_TEMPLATE) -
 
 
 def tiny_config(arch: str) -> Any:
-    """A transformers config of two layers for `llama`, `qwen2`, `mistral` or `gpt2`."""
+    """A transformers config of two layers for `llama`, `llama-32` (heads as wide as vLLM takes), `qwen2`, `mistral` or
+    `gpt2`."""
     from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
 
     common = {"vocab_size": 104, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     if arch == "gpt2":
         return GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=256, **common)
+    if arch == "llama-32":
+        return LlamaConfig(**common, **_SIZES | {"hidden_size": 64}, **_HEADS, tie_word_embeddings=False)
     made = {"llama": LlamaConfig, "qwen2": Qwen2Config, "mistral": MistralConfig}[arch]
     return made(**common, **_SIZES, **_HEADS, tie_word_embeddings=arch == "qwen2")
 
@@ -82,7 +85,7 @@ def make_tiny(
 
     Args:
         root: New directory.
-        arch: `llama`, `qwen2`, `mistral` or `gpt2`.
+        arch: as `tiny_config`.
         base: `nf4` or `dense`.
         rank: Rank of the split of every linear layer.
         adapter: Adapter configuration; null takes the split with alpha 4.

@@ -17,7 +17,6 @@ from typing import Any
 
 from cluster.serving.auth import Key, Keyring
 from cluster.serving.decoding import TokenLogprob
-from cluster.serving.engine import Piece
 from cluster.serving.metrics import Metrics
 from cluster.serving.middleware import BEGAN, FACTS, KEY, AccessLog, App, Guard
 from cluster.serving.protocol import (
@@ -30,6 +29,7 @@ from cluster.serving.protocol import (
     validation_error,
 )
 from cluster.serving.service import Generation, Service
+from cluster.serving.slots import Piece
 
 #: The page and its files: path -> file and media type.
 PAGE_FILES = {

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import time
 from typing import Any
+from urllib.parse import quote
 
 from cluster.errors import ServeError
 from cluster.serving.spec import Endpoint
+
+
+def to_replica_of(model_id: str) -> dict[str, str]:
+    """The header by which several replicas share adapters out; see `cluster.serving.router`."""
+    return {"serve-multiplexed-model-id": quote(model_id, safe="")}
 
 
 def wait_ready(url: str, timeout_s: float = 60.0) -> None:
@@ -77,7 +83,8 @@ def _post(
     started = time.perf_counter()
     try:
         with httpx.Client(timeout=timeout_s, trust_env=False) as client:
-            response = client.post(endpoint.url + route, json=body, headers={"Authorization": f"Bearer {token}"})
+            headers = {"Authorization": f"Bearer {token}"} | to_replica_of(model_id)
+            response = client.post(endpoint.url + route, json=body, headers=headers)
     except httpx.HTTPError as error:
         raise ServeError(f"ask {model_id!r} at {endpoint.url}{route}: no answer ({type(error).__name__}).") from error
     ms = (time.perf_counter() - started) * 1000

@@ -97,10 +97,22 @@ def token_logprob(
     logprobs = torch.log_softmax(logits.float(), dim=-1)
     if bool(torch.isnan(logprobs).any()):
         raise FloatingPointError("the model's logits are not numbers")
-    logprobs = logprobs.clamp(min=_LEAST_LOGPROB)
     values, ids = logprobs.topk(top)
-    texts = [_text_after(before, int(i), tokenizer) for i in (token, *ids.tolist())]
-    return TokenLogprob(texts[0], float(logprobs[token]), tuple(zip(texts[1:], values.tolist(), strict=True)))
+    likeliest = list(zip(ids.tolist(), values.tolist(), strict=True))
+    return with_texts(token, before, float(logprobs[token]), likeliest, tokenizer)
+
+
+def with_texts(
+    token: int,
+    before: int,
+    logprob: float,
+    likeliest: Sequence[tuple[int, float]],
+    tokenizer: PreTrainedTokenizerBase,
+) -> TokenLogprob:
+    """The log-probabilities of `token` and the likeliest ones, with their texts after the token `before`."""
+    texts = [_text_after(before, own, tokenizer) for own in (token, *(own for own, _ in likeliest))]
+    values = [max(value, _LEAST_LOGPROB) for value in (logprob, *(value for _, value in likeliest))]
+    return TokenLogprob(texts[0], values[0], tuple(zip(texts[1:], values[1:], strict=True)))
 
 
 def _text_after(before: int, token: int, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -24,6 +24,8 @@ from cluster.serving.spec import Endpoint, ServeSpec
 __all__ = ["Endpoint", "ServeSpec", "deploy", "smoke", "undeploy", "wait_ready"]
 
 ROUTE_PREFIX = "/"
+#: `cluster.serving.router.AdapterRouter`, which only Ray imports.
+ROUTER = "cluster.serving.router.AdapterRouter"
 DEPLOY_TIMEOUT_S = 600.0
 _SPARE_REQUESTS = 64  # health checks and refusals must come through while every slot is taken
 _MAX_QUEUED = 256
@@ -190,16 +192,23 @@ def _reason(overview: Any) -> str:
 
 def deployment_options(config: ServeConfig) -> dict[str, Any]:
     """What Serve is told of the replicas, as `serve.deployment` and a `serve.yaml` take it."""
+    import ray
+
+    gpus = config.num_gpus
+    if gpus is None and ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1:
+        gpus = 1.0
     if config.max_replicas is None:
         scaling: dict[str, Any] = {"num_replicas": config.num_replicas}
     else:
         limits = {"min_replicas": config.num_replicas, "max_replicas": config.max_replicas}
         scaling = {"autoscaling_config": limits | {"target_ongoing_requests": config.max_concurrent}}
+    if max(config.num_replicas, config.max_replicas or 0) > 1:
+        scaling["request_router_config"] = {"request_router_class": ROUTER}
     return scaling | {
         "name": "rankline",
         "max_ongoing_requests": config.max_concurrent + config.max_waiting + _SPARE_REQUESTS,
         "max_queued_requests": _MAX_QUEUED,
-        "ray_actor_options": {"num_cpus": config.num_cpus},
+        "ray_actor_options": {"num_cpus": config.num_cpus} | ({} if gpus is None else {"num_gpus": gpus}),
         "logging_config": {"enable_access_log": False},
     }
 

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 from cluster.artifacts import ShardSet
 from cluster.config import ServeConfig
 from cluster.errors import ServeError
-from cluster.model import generation_defaults, load_tokenizer
+from cluster.model import generation_defaults, load_tokenizer, starts_from_part
 from cluster.serving.decoding import Sampling
-from cluster.serving.engine import BusyError, Engine, Job, Piece, Slot
+from cluster.serving.holder import Holder, ModelHolder
 from cluster.serving.protocol import ApiError, ChatRequest, CompletionRequest, GenerationRequest
+from cluster.serving.slots import INITIAL, AnyEngine, BusyError, Job, Piece, Slot
 from cluster.serving.sources import AdapterSource, ForeignAdapterError, UnknownAdapterError, Version
 from cluster.serving.spec import ServeSpec, base_identity
 from cluster.serving.store import AdapterStore, FullError, Lease, RefusedError
@@ -51,10 +52,10 @@ class Generation:
         self._lease, self._timeout_s = lease, timeout_s
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
-        self._slots: list[Slot] = []
+        self._slots: Sequence[Slot] = ()
         self._running = 0
 
-    def start(self, engine: Engine, jobs: Sequence[Job]) -> None:
+    def start(self, engine: AnyEngine, jobs: Sequence[Job]) -> None:
         """Hand the jobs in, all or none; raises BusyError."""
         self._running = len(jobs)
         try:
@@ -119,7 +120,8 @@ class Service:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        engine: AnyEngine,
+        holder: Holder[Any],
         tokenizer: PreTrainedTokenizerBase,
         base: tuple[str, str | None],
         source: AdapterSource,
@@ -127,9 +129,10 @@ class Service:
         base_facts: Mapping[str, Any] | None = None,
     ) -> None:
         """Args:
-        model: able to take adapters (`lowrank.resident.make_adaptable`).
+        engine: of the base; closed with the service.
+        holder: of the engine's adapters.
         tokenizer: of the model.
-        base: the base's model id, and the adapter's name in the model's layers that it stands for, or None.
+        base: the base's model id, and the adapter's name in the engine that it stands for, or None.
         source: of adapters.
         config: limits.
         base_facts: what the base of an adapter must be.
@@ -138,35 +141,28 @@ class Service:
         self.base = base_identity(base_facts or {})
         self._source, self._config = source, config
         self._tokenizer, self._lock = tokenizer, threading.Lock()
-        text_config = model.config.get_text_config(decoder=True)
-        self._vocab_size = int(text_config.vocab_size)
-        self._context = int(getattr(text_config, "max_position_embeddings", None) or 2**31)
-        eos = generation_defaults(model)["eos"] or [tokenizer.eos_token_id]
-        self._engine = Engine(model, copy.deepcopy(tokenizer), eos, config.max_concurrent, config.max_waiting)
+        self._engine = engine
         limits = int(config.adapter_mib * 2**20), int(config.host_adapter_mib * 2**20)
-        self.store = AdapterStore(model, source, base_facts or {}, *limits)
+        self.store = AdapterStore(holder, source, base_facts or {}, *limits)
         self.created = int(time.time())
         self._loading = 0
         source.watch(self.store.follow)
 
     @classmethod
     def load(cls, spec: ServeSpec, config: ServeConfig) -> Service:
-        """Build the model of `spec`, and load the adapters that it requires.
+        """Build the engine of `spec`, and load the adapters that it requires.
 
         Raises:
-            ServeError: a required adapter is not there or is refused, or has the base's id.
+            ServeError: a required adapter is not there or is refused, or has the base's id; the engine cannot be had.
         """
-        from lowrank.resident import make_adaptable
-
         source = spec.adapters
         if spec.base_model_id in source.model_ids():
             raise ServeError(f"serve {spec.app_name}: the base and an adapter are both called {spec.base_model_id!r}.")
         required = list(dict.fromkeys(source.resolve(model_id) for model_id in spec.required))
-        model = _build(spec)
-        linears = [linear.name for linear in ShardSet(spec.source.shards).architecture.linears]
-        make_adaptable(model, linears, {name for one in required for name in _saved_names(source.fetch(one))})
-        base = spec.base_model_id, _initial(spec)
-        service = cls(model, load_tokenizer(spec.source.shards), base, source, config, spec.source.base_facts)
+        tokenizer = load_tokenizer(spec.source.shards)
+        engine, holder = _engine(spec, config, copy.deepcopy(tokenizer), required)
+        base = spec.base_model_id, INITIAL if starts_from_part(spec.source) else None
+        service = cls(engine, holder, tokenizer, base, source, config, spec.source.base_facts)
         try:
             for version in required:
                 service.store.lease(version).release()
@@ -188,7 +184,7 @@ class Service:
     @property
     def live(self) -> tuple[int, int]:
         """Requests that have a slot, and those that wait for one."""
-        return self._engine.live
+        return self._engine.line.live
 
     def close(self) -> None:
         """End the engine."""
@@ -213,7 +209,7 @@ class Service:
         """Use a version; waits while it is loaded, which holds nobody else up."""
         if version is None:
             return Lease(self._base)
-        if self._loading >= self._engine.capacity:
+        if self._loading >= self._engine.line.capacity:
             raise _busy(f"{self._loading} requests wait for their adapters")
         self._loading += 1
         try:
@@ -290,9 +286,11 @@ class Service:
         self, request: GenerationRequest, version: Version | None, prompt: list[int], default: int | None, param: str
     ) -> Generation:
         max_tokens = self._limit(request, len(prompt), default, param)
-        if max(prompt) >= self._vocab_size:
-            raise ApiError(400, f"A token id is not below {self._vocab_size}.", param=param, code="invalid_value")
-        most = self._engine.most_of_one
+        if max(prompt) >= self._engine.vocab_size:
+            raise ApiError(
+                400, f"A token id is not below {self._engine.vocab_size}.", param=param, code="invalid_value"
+            )
+        most = self._engine.line.most_of_one
         if (request.n or 1) > most:
             raise ApiError(400, f"n is {request.n}; this endpoint allows {most}.", param="n", code="invalid_value")
         sampling = Sampling(
@@ -325,12 +323,12 @@ class Service:
                 param="max_tokens",
                 code="invalid_value",
             )
-        room = self._context - prompt_tokens
+        room = self._engine.context - prompt_tokens
         if room < (wanted or 1):
             raise ApiError(
                 400,
-                f"This model's context is {self._context} tokens; the prompt has {prompt_tokens} and max_tokens is "
-                f"{wanted or 1}. Shorten the prompt or ask for fewer tokens.",
+                f"This model's context is {self._engine.context} tokens; the prompt has {prompt_tokens} and max_tokens "
+                f"is {wanted or 1}. Shorten the prompt or ask for fewer tokens.",
                 param=param,
                 code="context_length_exceeded",
             )
@@ -367,11 +365,22 @@ def _saved_names(directory: Path) -> set[str]:
         raise ServeError(str(error)) from error
 
 
-def _initial(spec: ServeSpec) -> str | None:
-    """The adapter that makes the base what it was before training: of a split, and of a residual in dense weights."""
-    from lowrank.adapters.pairs import RESIDUAL
+def _engine(
+    spec: ServeSpec, config: ServeConfig, tokenizer: PreTrainedTokenizerBase, required: Sequence[Version]
+) -> tuple[AnyEngine, Holder[Any]]:
+    """The configured engine over the base of `spec`, able to take adapters."""
+    if config.engine == "vllm":
+        from cluster.serving.vllm_engine import start
 
-    return "init" if spec.source.base == "nf4" or spec.source.adapter.init in RESIDUAL else None
+        return start(spec, config, tokenizer)
+    from cluster.serving.engine import Engine
+    from lowrank.resident import make_adaptable
+
+    model = _build(spec)
+    linears = [linear.name for linear in ShardSet(spec.source.shards).architecture.linears]
+    make_adaptable(model, linears, {name for one in required for name in _saved_names(spec.adapters.fetch(one))})
+    eos = generation_defaults(model)["eos"] or [tokenizer.eos_token_id]
+    return Engine(model, tokenizer, eos, config.max_concurrent, config.max_waiting), ModelHolder(model)
 
 
 def _build(spec: ServeSpec) -> PreTrainedModel:
@@ -382,10 +391,10 @@ def _build(spec: ServeSpec) -> PreTrainedModel:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = compute_dtype("auto", device)
-    initial = _initial(spec)
-    model = (
-        build_adapted(spec.source, dtype, {initial: None}) if initial else build_variant(spec.source, "dense", dtype)
-    )
+    if starts_from_part(spec.source):
+        model = build_adapted(spec.source, dtype, {INITIAL: None})
+    else:
+        model = build_variant(spec.source, "dense", dtype)
     if device == "cpu":
         unpack_if_room(model, dtype)
     return model.to(torch.device(device))

@@ -23,6 +23,7 @@ class ServeSpec:
         required: Model ids without which a replica does not start; the others are loaded when they are asked for.
         token_file: *Path* of the bearer token. The token itself never enters Serve's configuration, a pickle or a
             log: each replica reads the file when it starts, so on several nodes it lies on shared storage.
+        scratch_dir: where an engine that needs the base in another form writes it; a temporary one when empty.
     """
 
     app_name: str
@@ -31,6 +32,7 @@ class ServeSpec:
     adapters: AdapterSource = field(default_factory=lambda: FixedSource({}))
     required: tuple[str, ...] = ()
     token_file: str = ""
+    scratch_dir: str = ""
 
 
 @dataclass(frozen=True)

@@ -17,16 +17,11 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cluster.errors import ServeError
+from cluster.serving.holder import Files, Holder
 from cluster.serving.sources import AdapterSource, Version
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedModel
-
-    from lowrank.adapters.base import Adapter
 
 logger = logging.getLogger("ray.serve.rankline")
 
@@ -43,20 +38,6 @@ class RefusedError(ServeError):
 
 class FullError(ServeError):
     """No room: everything that is held is in use."""
-
-
-@dataclass
-class _Files:
-    """An adapter in the host's memory."""
-
-    adapters: dict[str, Adapter]
-    saved: dict[str, dict[str, Tensor]]
-
-    @property
-    def num_bytes(self) -> int:
-        """Of all tensors."""
-        tensors = [t for adapter in self.adapters.values() for t in (*adapter.parameters(), *adapter.buffers())]
-        return sum(t.nbytes for t in (*tensors, *(t for named in self.saved.values() for t in named.values())))
 
 
 @dataclass
@@ -94,32 +75,28 @@ class Lease:
 
 
 class AdapterStore:
-    """Adapters of one model by version. Every method may be called from any thread; `lease` blocks while it loads."""
+    """Adapters of one engine by version. Every method may be called from any thread; `lease` blocks while it loads."""
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        holder: Holder[Any],
         source: AdapterSource,
         base_facts: Mapping[str, Any],
         limit_bytes: int,
         host_bytes: int = 0,
     ) -> None:
         """Args:
-        model: its layers can take adapters (`lowrank.inject.make_adaptable`).
+        holder: of the engine.
         source: where versions come from.
         base_facts: what an adapter's base must be, by the names that adapters record.
-        limit_bytes: of all adapters on the model's device.
+        limit_bytes: of all adapters on the engine's device.
         host_bytes: of those that are kept in the host's memory when the device has no room for them.
         """
-        from lowrank.resident import Residents
-
-        self._model, self._source, self._base_facts = model, source, base_facts
-        self._residents = Residents(model)
+        self._holder, self._source, self._base_facts = holder, source, base_facts
         self._limit_bytes, self._host_bytes = limit_bytes, host_bytes
-        self._on_host = model.device.type == "cpu"
         self._names = (f"adapter{number}" for number in itertools.count())
         self._entries: OrderedDict[Version, _Entry] = OrderedDict()
-        self._host: OrderedDict[Version, _Files] = OrderedDict()
+        self._host: OrderedDict[Version, Files] = OrderedDict()
         self._loading: dict[Version, Future[None]] = {}
         self._refused: dict[Version, tuple[float, str]] = {}
         self._lock = threading.Lock()
@@ -223,7 +200,7 @@ class AdapterStore:
                 self._loading.pop(version, None)
                 self._load_seconds += time.monotonic() - began
 
-    def _read(self, version: Version) -> _Files:
+    def _read(self, version: Version) -> Files:
         from lowrank.adapters.peft_format import load_adapter, load_saved_modules, read_config
         from lowrank.errors import AdapterError
 
@@ -241,27 +218,23 @@ class AdapterStore:
             raise RefusedError(f"load adapter {version.id}: its files are damaged ({type(error).__name__}).") from error
         for adapter in adapters.values():
             adapter.eval().requires_grad_(False)
-        return _Files(adapters, saved)
+        return Files(adapters, saved)
 
-    def _attach(self, version: Version, files: _Files) -> None:
-        """Make room, and give the model's layers the adapter under a name that was never used before."""
+    def _attach(self, version: Version, files: Files) -> None:
+        """Make room, and give the engine the adapter under a name that was never used before."""
         import torch
 
         from lowrank.errors import AdapterError
-        from lowrank.mixing import bytes_of
 
         try:
-            device = self._model.device
-            moved = files.adapters if self._on_host else {n: own.to(device) for n, own in files.adapters.items()}
-            ready = self._residents.ready(moved, files.saved)
+            ready = self._holder.ready(files)
         except (AdapterError, IndexError, ValueError) as error:
             raise RefusedError(f"load adapter {version.id}: {error}") from error
         except RuntimeError as error:  # torch, where factors do not fit each other
             if isinstance(error, torch.OutOfMemoryError):
                 raise FullError(f"load adapter {version.id}: the device has no memory for it now.") from error
             raise RefusedError(f"load adapter {version.id}: its tensors do not fit each other.") from error
-        copies = sum(tensor.nbytes for named in files.saved.values() for tensor in named.values())
-        num_bytes = copies + bytes_of(ready.values())
+        num_bytes = self._holder.num_bytes(ready)
         if num_bytes > self._limit_bytes:
             raise RefusedError(
                 f"load adapter {version.id}: it takes {num_bytes / 2**20:.1f} MiB, and serve.adapter_mib allows "
@@ -275,8 +248,10 @@ class AdapterStore:
             name = next(self._names)
         entry = None
         try:
-            self._residents.add(name, ready, files.saved)
+            self._holder.add(name, ready)
             entry = _Entry(name, num_bytes)
+        except AdapterError as error:
+            raise RefusedError(f"load adapter {version.id}: {error}") from error
         finally:
             with self._lock:
                 self._reserved -= num_bytes
@@ -306,14 +281,11 @@ class AdapterStore:
 
     def _evict(self, version: Version) -> None:
         entry = self._entries.pop(version)
-        adapters, saved = self._residents.remove(entry.name)
+        kept = self._holder.remove(entry.name, keep=entry.num_bytes <= self._host_bytes)
         self._counted["evictions"] += 1
-        if self._on_host or entry.num_bytes > self._host_bytes:
+        if kept is None:
             return
-        for adapter in adapters.values():
-            adapter.to("cpu")
-        kept = {name: {key: t.cpu() for key, t in copy.state_dict().items()} for name, copy in saved.items()}
-        self._host[version] = _Files(adapters, kept)
+        self._host[version] = kept
         while sum(files.num_bytes for files in self._host.values()) > self._host_bytes:
             self._host.popitem(last=False)
 

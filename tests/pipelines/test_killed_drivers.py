@@ -136,6 +136,8 @@ def test_the_whole_cluster_lost(whole_line: Any, tmp_path: Path) -> None:
                 process.kill()
             code = driver.wait(300)
             seconds.append(round(time.monotonic() - began, 1))
+            if stage == "register" and code == 0:
+                continue  # it asks nothing of the cluster, and may end before the loss is noticed
             if code != 4 or "Go on with: rankline run" not in driver.text():
                 wrong.append(f"{stage}: exit {code}: {driver.text()[-600:]}")
         wrong += problems(config, whole_line, Counter(stages), Driver(config))
@@ -148,13 +150,14 @@ def test_the_whole_cluster_lost(whole_line: Any, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_interrupted_once_and_twice(whole_line: Any, tmp_path: Path) -> None:
     """Once: the units in flight end. Twice: it stops now."""
-    cases = [(stage, presses) for stage in STAGES for presses in (2, 1)]
     wrong, tried = list[str](), 0
-    config = with_changes(whole_line.config, store={"path": str(tmp_path / "store")})
-    for stage, presses in cases:
-        if not is_finished(config, stage):  # else Ctrl-C came just after its last unit
-            tried += 1
-            wrong += interrupt(config, stage, presses)
-    wrong += problems(config, whole_line, Counter(stage for stage, _ in cases), Driver(config))
+    for presses in (2, 1):
+        (tmp_path / str(presses)).mkdir()
+        config = with_changes(whole_line.config, store={"path": str(tmp_path / str(presses) / "store")})
+        for stage in STAGES:
+            if not is_finished(config, stage):  # else Ctrl-C came just after its last unit
+                tried += 1
+                wrong += interrupt(config, stage, presses)
+        wrong += problems(config, whole_line, Counter(STAGES), Driver(config))
     record("Ctrl-C pressed once or twice in a stage", tried, wrong, "exit 130, then " + TARGET)
     assert wrong == []

@@ -37,6 +37,7 @@ async function request(path, body, signal) {
   if (body) {
     options.method = "POST";
     options.headers["Content-Type"] = "application/json";
+    options.headers["serve-multiplexed-model-id"] = encodeURIComponent(body.model); // the replica that has it
     options.body = JSON.stringify(body);
   }
   const response = await fetch(path, options).catch((error) => {

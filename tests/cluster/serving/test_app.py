@@ -16,9 +16,9 @@ from cluster.model import ModelSource, build_adapted
 from cluster.serving.app import create_app
 from cluster.serving.auth import Keyring
 from cluster.serving.decoding import Sampling
-from cluster.serving.engine import Job
 from cluster.serving.protocol import MAX_BODY_BYTES
 from cluster.serving.service import Service
+from cluster.serving.slots import Job
 from cluster.unpack import unpack_if_room
 
 

@@ -4,6 +4,7 @@
 question's last character stands for: "a" is answered "bcd", digits are counted on for ever, "!" attacks the terminal.
 """
 
+import copy
 import json
 import logging
 import re
@@ -17,10 +18,12 @@ import pytest
 from chat_samples import ATTACK, COMMAND, TOKEN, Served, Terminal, make_parrot, serve, token_in, until
 
 from cluster.config import ServeConfig
-from cluster.model import ModelSource
+from cluster.model import ModelSource, end_ids
 from cluster.serving.decoding import Sampling
-from cluster.serving.engine import Job
+from cluster.serving.engine import Engine
+from cluster.serving.holder import ModelHolder
 from cluster.serving.service import Service
+from cluster.serving.slots import Job
 from cluster.serving.sources import FixedSource
 from cluster.serving.spec import ServeSpec
 from pipelines.chat import Chat
@@ -44,7 +47,8 @@ def tiny(served: tuple[ModelSource, dict[str, str]], tmp_path_factory: pytest.Te
 def parrot(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     model, tokenizer = make_parrot()
     limits = ServeConfig(max_new_tokens=90_000, max_concurrent=2, max_waiting=0)
-    service = Service(model, tokenizer, (PARROT, None), FixedSource({}), limits)
+    engine = Engine(model, copy.deepcopy(tokenizer), end_ids(model.generation_config), 2, 0)
+    service = Service(engine, ModelHolder(model), tokenizer, (PARROT, None), FixedSource({}), limits)
     with serve(service, tmp_path_factory.mktemp("parrot")) as endpoint:
         yield endpoint
 

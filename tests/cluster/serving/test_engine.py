@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from cluster.serving.decoding import Detokenizer, Sampler, Sampling, StopFilter
-from cluster.serving.engine import BusyError, Engine, Job, Piece
+from cluster.serving.engine import Engine
+from cluster.serving.slots import BusyError, Job, Piece
 from cluster.serving.steps import SingleSteps
 from lowrank.inject import set_active
 
@@ -112,7 +113,7 @@ def test_busy_and_free_again(engine: Engine) -> None:
         slot.cancel()
     release.set()
     deadline = time.monotonic() + 10
-    while engine.num_live and time.monotonic() < deadline:
+    while any(engine.line.live) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert run(engine, Job(None, PROMPT, 3, GREEDY))[0][1].finish == "length"
 
@@ -134,7 +135,7 @@ def test_free_slots_go_to_the_adapter_that_has_the_fewest(adapted: Any, tokenize
         engine.submit(Job(None, PROMPT, 1), lambda _: None)
     release.set()
     deadline = time.monotonic() + 20
-    while engine.num_live and time.monotonic() < deadline:
+    while any(engine.line.live) and time.monotonic() < deadline:
         time.sleep(0.01)
     engine.close()
     assert answered == ["d", "e", "a", "b", "c"]
@@ -189,9 +190,9 @@ def test_a_listener_that_is_gone_frees_its_slot(engine: Engine) -> None:
 
     engine.submit(Job(None, PROMPT, 100_000, GREEDY), gone)
     deadline = time.monotonic() + 10
-    while engine.num_live and time.monotonic() < deadline:
+    while any(engine.line.live) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert engine.num_live == 0
+    assert not any(engine.line.live)
 
 
 def test_close_cancels_what_runs(adapted: Any, tokenizer: Any) -> None:

@@ -15,6 +15,7 @@ import torch
 from serving_samples import make_adapter, make_model
 
 from cluster.errors import ServeError
+from cluster.serving.holder import ModelHolder
 from cluster.serving.sources import UnknownAdapterError, Version
 from cluster.serving.store import AdapterStore, FullError, RefusedError
 from lowrank.adapters.lora_xs import LoRAXS
@@ -78,7 +79,7 @@ def model() -> Any:
 
 
 def size_of(model: Any, source: Directory) -> int:
-    store = AdapterStore(model, source, {}, 2**30)
+    store = AdapterStore(ModelHolder(model), source, {}, 2**30)
     store.lease(Version("a0")).release()
     store.close()
     return store.counts().resident_bytes
@@ -87,7 +88,7 @@ def size_of(model: Any, source: Directory) -> int:
 @pytest.fixture
 def store(source: Directory, model: Any) -> Iterator[AdapterStore]:
     """With room for three adapters."""
-    made = AdapterStore(model, source, {}, 3 * size_of(make(), source) + 64)
+    made = AdapterStore(ModelHolder(model), source, {}, 3 * size_of(make(), source) + 64)
     source.fetched.clear()
     yield made
     made.close()
@@ -212,7 +213,9 @@ def test_the_same_id_with_another_content_is_another_adapter(store: AdapterStore
 
 def test_what_can_never_fit_is_refused_and_not_put_off(source: Directory, model: Any) -> None:
     # Bᵀ lies beside the tensors of a file, so that a file can fit where its adapter does not.
-    store = AdapterStore(model, source, {}, (source.root / "a0" / "adapter_model.safetensors").stat().st_size + 1)
+    store = AdapterStore(
+        ModelHolder(model), source, {}, (source.root / "a0" / "adapter_model.safetensors").stat().st_size + 1
+    )
     with pytest.raises(RefusedError, match=r"serve\.adapter_mib allows .* for all adapters together"):
         store.lease(Version("a0"))
     store.close()
@@ -233,7 +236,7 @@ def test_factors_that_do_not_fit_each_other_never_reach_the_kernel(model: Any) -
 def test_a_refused_version_holds_no_tensors(source: Directory, model: Any) -> None:
     gc.collect()
     tensors_before = sum(isinstance(held, torch.Tensor) for held in gc.get_objects())
-    store = AdapterStore(model, source, {}, 2**30)
+    store = AdapterStore(ModelHolder(model), source, {}, 2**30)
     rewrite(source.root / "a0", elsewhere)
     for _ in range(3):
         with pytest.raises(RefusedError, match="no linear layer"):
@@ -371,7 +374,7 @@ def wider(held: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def test_hostile_files_are_refused_with_a_reason(
     source: Directory, model: Any, damage: Callable[[Path], None], reason: str
 ) -> None:
-    store = AdapterStore(model, source, {"base_sha256": "ours"}, 2**20)
+    store = AdapterStore(ModelHolder(model), source, {"base_sha256": "ours"}, 2**20)
     damage(source.root / "a0")
     for _ in range(2):
         with pytest.raises(RefusedError, match=reason) as caught:
