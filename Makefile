@@ -71,6 +71,13 @@ $(PEERS)/.installed: benchmarks/peers.txt  # peers whose dependencies clash with
 	-$(PEERS)/bin/python -m pip --disable-pip-version-check install -q -r benchmarks/peers.txt
 	@touch $@
 
+$(PEERS)-serving/.installed: benchmarks/peers-serving.txt  # torch first; what vLLM needs for pictures and sound fails beside a CPU build of it
+	test -x $(PEERS)-serving/bin/python || $(PYTHON) -m venv $(PEERS)-serving
+	-$(PEERS)-serving/bin/python -m pip --disable-pip-version-check install -q torch==2.13.0
+	-$(PEERS)-serving/bin/python -m pip --disable-pip-version-check install -q -r benchmarks/peers-serving.txt
+	-$(PEERS)-serving/bin/python -m pip --disable-pip-version-check uninstall -q -y torchvision torchaudio torchcodec
+	@touch $@
+
 bench: $(VENV)/.bench-$(LOCK)  ## measure the line against its peers
 	$(BIN)/python benchmarks/line.py
 
@@ -80,11 +87,11 @@ bench-decompositions: $(VENV)/.bench-$(LOCK) $(PEERS)/.installed  ## measure the
 bench-adapters: $(VENV)/.bench-$(LOCK) data/gsm8k/train.jsonl  ## measure the adapter families against their peers
 	$(BIN)/python benchmarks/adapters.py $(JOBS)
 
-bench-serving: $(VENV)/.bench-$(LOCK) data/gsm8k/train.jsonl  ## measure the serving engine against its peers
+bench-serving: $(VENV)/.bench-$(LOCK) $(PEERS)-serving/.installed data/gsm8k/train.jsonl  ## measure the serving engine against its peers
 	$(BIN)/python benchmarks/serving.py $(JOBS)
 
 compare: $(VENV)/.bench-$(LOCK) data/reviews/train.jsonl data/gsm8k-short/train.jsonl  ## train every adapter family on one task by one recipe (about an hour)
 	$(BIN)/python benchmarks/method_comparison.py
 
 clean:  ## remove the environment, caches and data (runs/ stays; `rankline stop` ends what runs)
-	rm -rf $(VENV) $(PEERS) data .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
+	rm -rf $(VENV) $(PEERS) $(PEERS)-serving data .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build

@@ -11,7 +11,9 @@ import importlib.metadata
 import json
 import os
 import platform
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -64,6 +66,46 @@ def paired(calls: Mapping[str, Callable[[], Any]], repeats: int = 3) -> tuple[di
             found[name] = call()
             best[name] = min(best[name], time.perf_counter() - began)
     return best, found
+
+
+class Pipe:
+    """A peer in an environment of its own, asked over pipes: one JSON document per line each way."""
+
+    def __init__(self, python: str, script: Path) -> None:
+        self._script = script
+        self._log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115  it lives as long as the peer
+        self._process = subprocess.Popen(
+            [python, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
+        )
+
+    def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Its answer."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                answer: dict[str, Any] = json.loads(line)
+                return answer
+        code = self._process.wait()
+        self._log.seek(0)
+        raise RuntimeError(f"{self._script.name} ended with {code}:\n{self._log.read()[-2000:]}")
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._log.close()
+
+
+def peers_python(kind: str = "") -> str | None:
+    """The interpreter of `.venv-peers`, or `.venv-peers-kind`, or what RANKLINE_PEERS[_KIND]_PYTHON names; or None."""
+    given = os.environ.get(f"RANKLINE_PEERS{'_' if kind else ''}{kind.upper()}_PYTHON")
+    own = Path(__file__).parent.parent / f".venv-peers{'-' if kind else ''}{kind}" / "bin" / "python"
+    path = Path(given) if given else own
+    return str(path) if path.is_file() else None
 
 
 def machine() -> dict[str, Any]:

@@ -6,16 +6,13 @@ lowest error after the most sweeps, then the fewest sweeps that reach it. Held-o
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import THREADS, Row, row
+from harness import THREADS, Pipe, Row, peers_python, row
 
 ROOT = Path(__file__).parent.parent
 RIDGES = (0.07, 0.1, 0.12, 0.15)
@@ -58,37 +55,13 @@ class Peer:
     """A library in the peers' environment, asked over pipes; it times its own fit."""
 
     def __init__(self, python: str, library: str) -> None:
-        script = str(ROOT / "benchmarks" / "peer_ratings.py")
         self.library = library
-        self.process = subprocess.Popen(
-            [python, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
+        self.pipe = Pipe(python, Path(__file__).parent / "peer_ratings.py")
 
     def __call__(self, data: Path, settings: dict[str, Any], seed: int = 0) -> tuple[float, float]:
         """Seconds and held-out RMSE."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        request = {"library": self.library, "data": str(data), "settings": settings, "seed": seed}
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                answer = json.loads(line)
-                return answer["seconds"], answer["rmse"]
-        raise RuntimeError(f"{self.library}: the peer ended with {self.process.wait()} on {settings}")
-
-    def close(self) -> None:
-        """End the process."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-
-
-def peers_python() -> str | None:
-    """The interpreter that has the peers: RANKLINE_PEERS_PYTHON, else `.venv-peers`; None without one."""
-    given = os.environ.get("RANKLINE_PEERS_PYTHON")
-    path = Path(given) if given else ROOT / ".venv-peers" / "bin" / "python"
-    return str(path) if path.is_file() else None
+        answer = self.pipe.ask({"library": self.library, "data": str(data), "settings": settings, "seed": seed})
+        return answer["seconds"], answer["rmse"]
 
 
 def ours(data: Path, settings: dict[str, Any], seed: int = 0) -> tuple[float, float]:
@@ -139,7 +112,7 @@ def compare(library: str, label: str, rank: int, candidates: list[dict[str, Any]
                 timed["peer"].append(peer(files["score"], theirs, seed))
                 timed["ours"].append(ours(files["score"], own, seed))
         finally:
-            peer.close()
+            peer.pipe.close()
     (slow, error_peer), (fast, error_ours) = (
         (min(seconds for seconds, _ in runs), float(np.mean([error for _, error in runs])))
         for runs in (timed["peer"], timed["ours"])

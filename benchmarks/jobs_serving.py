@@ -164,15 +164,18 @@ def decode() -> list[Row]:
             "mixed": lambda names=names: peft_generate(names, slice(None), True),
         }
         seconds, found = paired(calls, repeats=2)
-        rows.append(_row(f"{REQUESTS} requests, {distinct} adapters", "PEFT, adapter_names", target, seconds, found))
+        rows.append(
+            decode_row(f"{REQUESTS} requests, {distinct} adapters", "PEFT, adapter_names", target, seconds, found)
+        )
     names = [f"a{index}" for index in range(REQUESTS)]
     calls = {"ours": lambda: engine_tokens(names), "mixed": lambda: set_adapter_per_request(names)}
     seconds, found = paired(calls, repeats=1)
-    rows.append(_row(f"{REQUESTS} requests, 16 adapters", "PEFT, set_adapter per request", 12.0, seconds, found))
+    rows.append(decode_row(f"{REQUESTS} requests, 16 adapters", "PEFT, set_adapter per request", 12.0, seconds, found))
     return rows
 
 
-def _row(job: str, peer: str, target: float, seconds: dict[str, float], found: dict[str, Any]) -> Row:
+def decode_row(job: str, peer: str, target: float, seconds: dict[str, float], found: dict[str, Any]) -> Row:
+    """Tokens per second of `ours` over those of the peer, `mixed`; valid where their tokens are the same."""
     same = sum(a == b for a, b in zip(found["ours"], found["mixed"], strict=True))
     rate = {name: REQUESTS * NEW / time for name, time in seconds.items()}
     note = f"{rate['ours']:.0f} against {rate['mixed']:.0f} tokens/s; {same} of {REQUESTS} answers the same"
@@ -195,7 +198,7 @@ def generate_batch() -> list[Row]:
     for call in calls.values():
         call()
     seconds, found = paired(calls, repeats=2)
-    return [_row(f"{REQUESTS} requests, no adapter", "transformers, generate_batch", 2.5, seconds, found)]
+    return [decode_row(f"{REQUESTS} requests, no adapter", "transformers, generate_batch", 2.5, seconds, found)]
 
 
 def step_seconds(model: Any, names: Sequence[str | None], steps: int = 12) -> float:

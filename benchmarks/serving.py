@@ -17,5 +17,6 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
     from jobs_serving import JOBS
     from jobs_serving_http import JOBS as HTTP_JOBS
+    from jobs_serving_peers import JOBS as PEER_JOBS
 
-    main("serving", JOBS | HTTP_JOBS, PACKAGES)
+    main("serving", JOBS | PEER_JOBS | HTTP_JOBS, PACKAGES)

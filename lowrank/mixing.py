@@ -93,7 +93,7 @@ class Ready:
         """Of the adapter, and what was made of them."""
         made = (*(self.pair or ()), *(self.kronecker or ()))
         gain = () if self.gain is None else (self.gain,)
-        return [*self.adapter.parameters(), *self.adapter.buffers(), *made, *gain]
+        return [*self.adapter.numbers(), *made, *gain]
 
 
 def bytes_of(ready: Iterable[Ready]) -> int:
@@ -109,7 +109,7 @@ def _pair_of(adapter: Adapter) -> tuple[Tensor, Tensor] | None:
     if form is not None and (form[0].shape[1] != len(form[1]) or (len(form[0]), form[1].shape[1]) != adapter.shape):
         shapes = [tuple(part.shape) for part in form]
         raise AdapterError(f"its low-rank form is {shapes}, of a change of shape {adapter.shape}.")
-    own = sum(tensor.numel() for tensor in (*adapter.parameters(), *adapter.buffers()))
+    own = sum(tensor.numel() for tensor in adapter.numbers())
     if form is None or len(form[1]) > _MOST_RANKS or sum(p.numel() for p in form) > _MOST_NUMBERS * own:
         return None
     return form[1].detach().contiguous(), form[0].detach().T.contiguous()

@@ -24,7 +24,7 @@ class Files:
     @property
     def num_bytes(self) -> int:
         """Of all tensors."""
-        tensors = [t for adapter in self.adapters.values() for t in (*adapter.parameters(), *adapter.buffers())]
+        tensors = [tensor for adapter in self.adapters.values() for tensor in adapter.numbers()]
         return sum(t.nbytes for t in (*tensors, *(t for named in self.saved.values() for t in named.values())))
 
 

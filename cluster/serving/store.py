@@ -216,9 +216,7 @@ class AdapterStore:
             self._source.discard(version)
             logger.exception("load adapter %s", version.id)
             raise RefusedError(f"load adapter {version.id}: its files are damaged ({type(error).__name__}).") from error
-        for adapter in adapters.values():
-            adapter.eval().requires_grad_(False)
-        return Files(adapters, saved)
+        return Files({module: adapter.frozen() for module, adapter in adapters.items()}, saved)
 
     def _attach(self, version: Version, files: Files) -> None:
         """Make room, and give the engine the adapter under a name that was never used before."""

@@ -160,6 +160,22 @@ class Adapter(nn.Module, ABC):
         """A term to add to the training loss (the orthogonality of AdaLoRA), or None."""
         return None
 
+    def numbers(self) -> list[Tensor]:
+        """Its parameters and buffers."""
+        if self._modules:
+            return [*self.parameters(), *self.buffers()]
+        # What `parameters` walks through takes longer than all else of loading an adapter of hundreds of layers.
+        return [own for own in (*self._parameters.values(), *self._buffers.values()) if own is not None]
+
+    def frozen(self) -> Self:
+        """Itself, from now on for inference alone."""
+        for tensor in self.numbers():
+            tensor.requires_grad_(False)
+        if self._modules:
+            return self.eval()
+        self.training = False
+        return self
+
     @property
     def num_parameters(self) -> int:
         """Trained numbers."""
@@ -226,8 +242,21 @@ def kaiming(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     return torch.rand(rows, columns, generator=generator) * (2 * bound) - bound
 
 
-def check_finite(module: str, tensors: Mapping[str, Tensor]) -> None:
-    """Raises: AdapterError: a tensor holds NaN or infinity."""
-    for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise AdapterError(f"{module}.{name} holds NaN or infinity. Train it again with a lower learning_rate.")
+def check_finite(layers: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """All tensors at once, as there may be hundreds: layer -> name -> tensor.
+
+    Raises:
+        AdapterError: a tensor holds NaN or infinity.
+    """
+    named = [
+        (f"{layer}.{name}", tensor if tensor.dtype.itemsize > 1 else tensor.float())
+        for layer, tensors in layers.items()
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and tensor.numel()
+    ]
+    if not named:
+        return
+    if all(bool(torch.isfinite(end)) for end in torch.cat([tensor.reshape(-1) for _, tensor in named]).aminmax()):
+        return
+    wrong = next(name for name, tensor in named if not bool(torch.isfinite(tensor).all()))
+    raise AdapterError(f"{wrong} holds NaN or infinity. Train it again with a lower learning_rate.")

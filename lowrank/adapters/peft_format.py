@@ -50,14 +50,13 @@ def save_adapter(
 
     family = type(next(iter(adapters.values())))
     shared = family.shared_tensors(adapters)
-    check_finite("shared", shared)
+    layers = {module: adapter.tensors() for module, adapter in adapters.items()}
+    for part in ({"shared": shared}, layers, saved or {}):
+        check_finite(part)
     tensors = {f"{_SHARED}{name}": tensor for name, tensor in shared.items()}
-    for module, adapter in adapters.items():
-        named = adapter.tensors()
-        check_finite(module, named)
+    for module, named in layers.items():
         tensors |= {f"{_PREFIX}{module}.{name}": tensor for name, tensor in named.items()}
     for module, whole in (saved or {}).items():
-        check_finite(module, whole)
         tensors |= {f"{_PREFIX}{module}.{name}": tensor for name, tensor in whole.items()}
     directory.mkdir(parents=True, exist_ok=True)
     stored = {name: (t.float() if t.is_floating_point() else t).contiguous().cpu() for name, t in tensors.items()}
@@ -147,11 +146,7 @@ def load_adapter(directory: Path, base: Mapping[str, Any] | None = None) -> dict
     tensors = _read_tensors(directory)
     whole = {f"{_PREFIX}{module}.{name}" for module, named in _whole(tensors, config).items() for name in named}
     layers, shared = _by_module({key: t for key, t in tensors.items() if key not in whole}, family.prefix)
-    for module, named in {**layers, "shared": shared}.items():
-        try:
-            check_finite(module, named)
-        except AdapterError as error:
-            raise AdapterError(f"load adapter {directory}: {error}") from error
+    _require_finite(directory, {**layers, "shared": shared})
     try:
         return dict(family.load_all(layers, shared, config))
     except (AdapterError, KeyError, TypeError, ValueError) as error:
@@ -187,11 +182,7 @@ def load_saved_modules(directory: Path) -> dict[str, dict[str, Tensor]]:
     """
     config = read_config(directory)
     found = _whole(_read_tensors(directory), config)
-    for module, named in found.items():
-        try:
-            check_finite(module, named)
-        except AdapterError as error:
-            raise AdapterError(f"load adapter {directory}: {error}") from error
+    _require_finite(directory, found)
     for pattern in config.get("modules_to_save") or ():
         if not any(module.endswith(pattern) for module in found):
             raise AdapterError(
@@ -199,6 +190,13 @@ def load_saved_modules(directory: Path) -> dict[str, dict[str, Tensor]]:
                 "it again."
             )
     return found
+
+
+def _require_finite(directory: Path, layers: Mapping[str, Mapping[str, Tensor]]) -> None:
+    try:
+        check_finite(layers)
+    except AdapterError as error:
+        raise AdapterError(f"load adapter {directory}: {error}") from error
 
 
 def _read_tensors(directory: Path) -> dict[str, Tensor]:
