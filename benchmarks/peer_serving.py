@@ -1,8 +1,8 @@
 """Decode by a serving peer, in an environment of its own: one JSON request per line in, one answer per line out.
 
-The first request says what to load: `library`, `model` (a directory), `adapters` (id -> PEFT directory) and `rank`.
-Its answer holds the version. The others hold `prompts` (token ids, all of one length), `names` (an adapter id or null for each) and `new`, the number
-of new tokens; the answer holds the token ids. Greedy, and nothing ends an answer early.
+The first request says what to load: `library`, `model` (a directory), `adapters` (id -> PEFT directory) and `rank`; its
+answer holds the version. The others hold `prompts` (token ids, all of one length), `names` (an adapter id or null for
+each) and `new`, the number of new tokens; the answer holds the token ids. Greedy, and nothing ends an answer early.
 """
 
 from __future__ import annotations
