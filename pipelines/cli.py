@@ -103,6 +103,8 @@ def _add_store_commands(commands: argparse._SubParsersAction[argparse.ArgumentPa
             )
         if name == "gc":
             command.add_argument("--delete", action="store_true", help="remove it")
+        if name == "doctor":
+            command.add_argument("--address", metavar="HOST:PORT", help="ask the nodes of this Ray cluster too")
         if name == "ui":
             command.add_argument("--port", type=int, default=5000, help="port on loopback (default: 5000)")
 

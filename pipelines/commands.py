@@ -35,8 +35,14 @@ def plan(arguments: Namespace) -> int:
         return DONE
     if not arguments.pipeline:
         raise ConfigError("plan: give a pipeline YAML (or --schema).")
-    result = preflight.plan(_load(arguments))
+    config = _load(arguments)
+    result = preflight.plan(config)
     errors = result.pop("refusal_errors")
+    if config.cluster.address and not errors:
+        from pipelines.session import node_refusals
+
+        errors += node_refusals(config)
+        result["refusals"] = [str(error) for error in errors]
     _json(result) if arguments.json else show.plan(result)
     return exit_code(errors[0]) if errors else DONE
 
@@ -230,7 +236,7 @@ def doctor(arguments: Namespace) -> int:
     from pipelines import doctor as checks
     from pipelines import show
 
-    found = checks.examine(Path(arguments.store).resolve())
+    found = checks.examine(Path(arguments.store).resolve(), arguments.address)
     _json(found) if arguments.json else show.doctor(found)
     sys.stdout.flush()
     return 2 if any(check["state"] == "fail" for check in found) else DONE

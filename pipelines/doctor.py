@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import shutil
 import stat
 import sys
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,17 +23,31 @@ def _check(name: str, state: str, finding: str, remedy: str = "") -> Check:
     return {"name": name, "state": state, "finding": finding, "remedy": remedy}
 
 
-def examine(store: Path) -> list[Check]:
-    """Run every check; one that fails in an unforeseen way becomes a finding of its own."""
+def examine(store: Path, address: str | None = None) -> list[Check]:
+    """Run every check; one that fails in an unforeseen way becomes a finding of its own.
+
+    Args:
+        store: the store.
+        address: `host:port` of a cluster of the user's own, whose nodes are asked too.
+    """
     checks: list[Callable[[Path], Iterator[Check]]] = [
         _packages, _device, _processor, _memory, _disk, _cluster, _ports, _tokens, _tracking,
     ]  # fmt: skip
+    if address is not None:
+        checks.append(partial(_nodes, address))
     found: list[Check] = []
     for check in checks:
         try:
             found += check(store)
         except Exception as error:  # a broken installation must not hide the other findings
-            found.append(_check(check.__name__.strip("_"), "fail", f"{type(error).__name__}: {error}", "See --debug."))
+            found.append(
+                _check(
+                    getattr(check, "__name__", "nodes").strip("_"),
+                    "fail",
+                    f"{type(error).__name__}: {error}",
+                    "See --debug.",
+                )
+            )
     return found
 
 
@@ -143,6 +159,23 @@ def _cluster(store: Path) -> Iterator[Check]:
         yield _check("cluster", "ok", f"{head.address}, {head.num_cpus} logical CPUs, dashboard {head.dashboard_url}")
 
 
+def _nodes(address: str, store: Path) -> Iterator[Check]:
+    """Whether each node of a cluster has our versions and shares the store."""
+    from cluster.connection import connect, disconnect
+    from cluster.errors import ClusterError
+    from cluster.node_check import check_nodes
+
+    try:
+        connect(address)
+        for node in check_nodes(store.resolve()):
+            yield _check("node", "ok", f"{node.address} of {address}: our versions, and shares {store}")
+    except ClusterError as error:
+        for line in str(error).splitlines():
+            yield _check("cluster", "fail", line, "See the message; `rankline run` refuses this cluster.")
+    finally:
+        disconnect()
+
+
 def _tokens(store: Path) -> Iterator[Check]:
     files = [store / "_ray_token", store / "_serve_token", Path("~/.ray/auth_token").expanduser()]
     for path in files:
@@ -165,6 +198,21 @@ def _tracking(store: Path) -> Iterator[Check]:
     try:
         with sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=2.0) as database:
             (runs,) = database.execute("select count(*) from runs").fetchone()
+            (schema,) = database.execute("select version_num from alembic_version").fetchone()
+        if schema != _mlflow_schema():
+            remedy = f"Back it up and run: mlflow db upgrade {default_uri(store)}"
+            yield _check("mlflow", "fail", f"{path} is of another version of MLflow (schema {schema})", remedy)
+            return
         yield _check("mlflow", "ok", f"{default_uri(store)} with {runs} runs")
     except sqlite3.Error as error:
         yield _check("mlflow", "fail", f"{path}: {error}", "End the program that holds it, or restore the file.")
+
+
+def _mlflow_schema() -> str:
+    """The schema that the installed MLflow works with: the one revision that no other builds upon."""
+    spec = find_spec("mlflow")
+    roots = list(spec.submodule_search_locations or ()) if spec else []
+    texts = [path.read_text() for root in roots for path in Path(root, "store/db_migrations/versions").glob("*.py")]
+    of = {name: re.compile(rf"""^{name} = ["'](\w+)["']""", re.MULTILINE) for name in ("revision", "down_revision")}
+    built_upon = {found[1] for text in texts if (found := of["down_revision"].search(text))}
+    return next(found[1] for text in texts if (found := of["revision"].search(text)) and found[1] not in built_upon)

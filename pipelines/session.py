@@ -36,17 +36,47 @@ def open_cluster(config: PipelineConfig, store: Path) -> str:
     return head.address
 
 
+def require_alike_nodes(store: Path) -> None:
+    """Nothing on one node; on several each must have our versions and share the store.
+
+    Raises:
+        cluster.errors.ConnectError: one does not; see `cluster.node_check.check_nodes`.
+    """
+    from cluster.connection import nodes
+    from cluster.node_check import check_nodes
+
+    if sum(node["alive"] for node in nodes()) > 1:
+        check_nodes(store)
+
+
+def node_refusals(config: PipelineConfig) -> list[Exception]:
+    """What stands against a run on the user's own cluster that only its nodes can tell: they are asked."""
+    from cluster.connection import disconnect
+    from cluster.errors import ClusterError
+
+    store = Path(config.store.path).resolve()
+    try:
+        open_cluster(config, store)
+        require_alike_nodes(store)
+    except ClusterError as error:
+        return [error]
+    finally:
+        disconnect()
+    return []
+
+
 @contextlib.contextmanager
 def on_cluster(config: PipelineConfig, store: Path) -> Iterator[None]:
     """Connect; once the cluster answers no more, whatever Ray raises in the block ends as one clear error.
 
     Raises:
-        cluster.errors.ClusterError: as `open_cluster`; ConnectError when the cluster is gone.
+        cluster.errors.ClusterError: as `open_cluster`; ConnectError when it is gone, or its nodes are not alike.
     """
     from cluster.errors import ConnectError
     from cluster.watch import EMBEDDED_PATIENCE_S, PATIENCE_S, answers, watched
 
     address = open_cluster(config, store)
+    require_alike_nodes(store)
     gone = ConnectError(f"the Ray cluster at {address} answers no more; what is committed stays. Resume the run.")
     lost = False
 

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -153,6 +154,19 @@ def test_doctor_knows_the_processor_and_who_has_a_port(
         used = found("_ports")["127.0.0.1:5000 is in use; MLflow's page would take it"]
         assert used["state"] == "warn"
         assert "rankline ui --port" in used["remedy"]
+
+
+def test_doctor_tells_a_tracking_database_of_another_version(tmp_path: Path) -> None:
+    from pipelines import doctor
+
+    Tracker(tmp_path, None, "rankline").begin("line", {}, {}, None)
+    assert [one["state"] for one in doctor._tracking(tmp_path)] == ["ok"]
+    with sqlite3.connect(tmp_path / "_mlflow" / "mlflow.db") as database:
+        database.execute("update alembic_version set version_num = 'elsewhere'")
+    (found,) = doctor._tracking(tmp_path)
+    assert found["state"] == "fail"
+    assert "elsewhere" in found["finding"]
+    assert "mlflow db upgrade" in found["remedy"]
 
 
 def test_doctor_has_a_remedy_for_each_finding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from lines import EXACT, Driver, assert_nothing_done_twice, stage_units, unit_ha
 
 from cluster import session
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(600)]
 
 
 @pytest.fixture

@@ -1,0 +1,79 @@
+"""A cluster whose nodes differ is refused by name: one without the store, one with other code."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lines import tiny_pipeline
+
+import lowrank.errors
+from cluster import session
+from cluster.connection import connect, disconnect
+from cluster.errors import ConnectError
+from cluster.node_check import check_nodes, versions
+from pipelines.config import to_dict
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def three_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Path]]:
+    """A head, a node that has an empty directory in place of the store, and one with another version of our code."""
+    root = tmp_path_factory.mktemp("nodes")
+    cluster, store, other = root / "cluster", root / "store", root / "errors.py"
+    store.mkdir()
+    ours = Path(lowrank.errors.__file__)
+    other.write_text(ours.read_text() + "# another version\n")
+    head = session.start_or_adopt(cluster, num_cpus=2)
+    try:
+        for mount in (f'mount -t tmpfs none "{store}"', f'mount --bind "{other}" "{ours}"'):
+            add_node_behind(mount, cluster)
+        connect(head)
+        yield head, store
+    finally:
+        disconnect()
+        session.stop(cluster)
+
+
+def add_node_behind(mount: str, cluster: Path) -> None:
+    """One more node, whose file system differs by one mount."""
+    add = f"from pathlib import Path; from cluster import session; session.add_node(Path({str(cluster)!r}), num_cpus=1)"
+    command = ["unshare", "--mount", "sh", "-c", f'{mount} && exec "$@"', "sh", sys.executable, "-c", add]
+    added = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if added.returncode != 0:
+        pytest.skip(f"no mount namespaces here: {added.stderr[-200:]}")
+
+
+def test_what_differs_is_told_by_node(three_nodes: tuple[Any, Path]) -> None:
+    _, store = three_nodes
+    with pytest.raises(ConnectError) as caught:
+        check_nodes(store)
+    lines = str(caught.value).splitlines()[1:]
+    assert len(lines) == 2, lines
+    assert sum("does not share the store" in line and "No such file" in line for line in lines) == 1
+    told = [line for line in lines if f"(here {versions()['rankline']})" in line]
+    assert len(told) == 1
+    assert "torch" not in told[0]
+    assert not any((store / "_nodes").iterdir()), "nothing is left behind"
+
+
+def test_plan_run_and_doctor_refuse_such_a_cluster(three_nodes: tuple[Any, Path], tmp_path: Path) -> None:
+    head, store = three_nodes
+    config = tiny_pipeline(tmp_path, head, store={"path": str(store)})
+    (tmp_path / "p.yaml").write_text(json.dumps(to_dict(config)))
+    environment = os.environ | {"RAY_AUTH_TOKEN_PATH": head.token_file}
+    doctor = ["doctor", "--address", head.address, "--store", str(store)]
+    for code, command in ((4, ["plan", str(tmp_path / "p.yaml")]), (4, ["run", str(tmp_path / "p.yaml")]), (2, doctor)):
+        ended = subprocess.run(
+            [sys.executable, "-m", "pipelines.cli", *command], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        said = " ".join((ended.stdout + ended.stderr).split())
+        assert ended.returncode == code, said
+        assert "does not share the store" in said
+        assert "Install the same versions on every node" in said
