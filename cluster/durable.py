@@ -105,7 +105,7 @@ class UnitStore:
         """
         if self.is_committed(unit):
             return self.read(unit)
-        started = time.time()
+        started, cpu = time.time(), time.process_time()
         self.log("start", unit)
         final = self.path(unit)
         temporary = self.root / "tmp" / f"{unit}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
@@ -127,7 +127,8 @@ class UnitStore:
             sync(final.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        self.log("commit", unit, sha256=record.sha256, seconds=time.time() - started)
+        spent = {"seconds": time.time() - started, "cpu_seconds": time.process_time() - cpu}
+        self.log("commit", unit, sha256=record.sha256, **spent)
         return record
 
     def _place(self, whole: Path, unit: str) -> None:

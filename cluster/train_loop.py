@@ -194,7 +194,8 @@ class _Trainer:
         """Every rank notes that it works on the interval up to the next checkpoint."""
         every = self.config.checkpoint_every
         end = min((self.progress.step // every + 1) * every, self.plan.total_steps)
-        self.job.store.log("rank", checkpoint_unit(end), rank=self.place.rank, world=self.place.world)
+        place = {"rank": self.place.rank, "world": self.place.world}
+        self.job.store.log("rank", checkpoint_unit(end), **place, cpu_seconds=time.process_time())
 
     def outcome(self) -> dict[str, Any]:
         """What the driver is told beside the adapter's own facts."""

@@ -67,6 +67,7 @@ def _add_pipeline_commands(commands: argparse._SubParsersAction[argparse.Argumen
         if name == "run":
             command.add_argument("--address", help="a running Ray cluster, HOST:PORT (cluster.address)")
             command.add_argument("--quiet", action="store_true", help="no progress")
+            command.add_argument("--log-json", action="store_true", help="progress as JSON on stderr, a line per unit")
             command.add_argument("--verify", action="store_true", help="hash everything that was made before again")
         if name == "submit":
             command.add_argument("--address", required=True, help="dashboard of the cluster, http://HOST:8265")

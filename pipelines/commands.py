@@ -51,7 +51,8 @@ def run(arguments: Namespace) -> int:
     """`rankline run`."""
     from pipelines import show, workflow
 
-    result = workflow.run(_load(arguments), quiet=arguments.quiet or arguments.json, verify=arguments.verify)
+    quiet = arguments.quiet or arguments.json
+    result = workflow.run(_load(arguments), quiet=quiet, verify=arguments.verify, log_json=arguments.log_json)
     _json(result.summary) if arguments.json else show.result(result)
     return DONE
 

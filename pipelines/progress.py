@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -39,8 +42,9 @@ class StageProgress:
         self._done = max(self._done, done)
         self._show()
 
-    def advance(self, units: int = 1, note: str = "") -> None:
-        """One or more units are done."""
+    def advance(self, units: int = 1, note: str = "", unit: str = "", facts: Callable[[], Any] = dict) -> None:
+        """One or more units are done; `unit` and `facts` (who made it, at what cost) are for a log."""
+        del unit, facts
         self._done += units
         self._note = note or self._note
         self._show()
@@ -70,15 +74,41 @@ class StageProgress:
         return f"{speed}  eta {eta}  {self._note}".rstrip()
 
 
+class JsonProgress(StageProgress):
+    """Says the same as lines of JSON, one per unit."""
+
+    def __init__(self, name: str, write: Callable[[Mapping[str, Any]], None]) -> None:
+        super().__init__(name, None, quiet=True)
+        self._write = write
+
+    def total(self, units: int, done: int = 0) -> None:
+        """See `StageProgress`; announced once."""
+        first = self._total == 0
+        super().total(units, done)
+        if first:
+            self._write({"event": "stage", "stage": self._name, "units": units, "found": done})
+
+    def advance(self, units: int = 1, note: str = "", unit: str = "", facts: Callable[[], Any] = dict) -> None:
+        """See `StageProgress`."""
+        super().advance(units, note)
+        line = {"event": "unit" if units else "step", "stage": self._name, "done": self._done, "units": self._total}
+        self._write(line | ({"unit": unit} if unit else {}) | ({"note": note} if note else {}) | facts())
+
+    def finish(self, note: str) -> None:
+        """See `StageProgress`."""
+        self._write({"event": "stage end", "stage": self._name, "note": note})
+
+
 class ProgressBoard:
     """Makes one `StageProgress` per stage; use as a context manager."""
 
-    def __init__(self, quiet: bool = False) -> None:
-        self._quiet = quiet
+    def __init__(self, quiet: bool = False, log_json: bool = False) -> None:
+        """Args: log_json: lines of JSON on standard error in place of bars; with `quiet` too."""
+        self._quiet, self._log_json = quiet, log_json
         self._bar: RichProgress | None = None
 
     def __enter__(self) -> ProgressBoard:
-        if sys.stderr.isatty() and not self._quiet:
+        if sys.stderr.isatty() and not self._quiet and not self._log_json:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -99,11 +129,20 @@ class ProgressBoard:
 
     def stage(self, name: str) -> StageProgress:
         """Progress of one more stage."""
+        if self._log_json:
+            return JsonProgress(name, _write_json)
         return StageProgress(name, self._bar, self._quiet)
 
     def say(self, text: str) -> None:
         """One line of text, above the bars."""
-        if self._bar is not None:
+        if self._log_json:
+            _write_json({"event": "message", "text": text})
+        elif self._bar is not None:
             self._bar.console.print(text, highlight=False)
         elif not self._quiet:
             print(text, file=sys.stderr, flush=True)
+
+
+def _write_json(line: Mapping[str, Any]) -> None:
+    stamp = datetime.now(UTC).isoformat(timespec="milliseconds")
+    print(json.dumps({"time": stamp, **line}, default=str), file=sys.stderr, flush=True)

@@ -48,6 +48,7 @@ from pipelines.plots import (
 )
 from pipelines.progress import hms
 from pipelines.show import size
+from pipelines.timeline import MAX_WORKERS, draw_timeline, of_run
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -112,7 +113,7 @@ def _view(config: PipelineConfig, summary: Mapping[str, Any], artifacts: Mapping
         "more_kinds": max(0, len(by_kind(layers)) - MAX_PANELS),
         "depths": (min(layer.depth for layer in layers), max(layer.depth for layer in layers)) if layers else None,
         "ramp": DEPTH_RAMP,
-        "charts": _charts(layers, lines, evaluation),
+        "charts": _charts(layers, lines, evaluation) | {"timeline": _timeline(artifacts)},
         "training": _training(lines),
         "samples": _samples(evaluation.get("samples") or []),
         "stages": _stages(summary, artifacts),
@@ -266,6 +267,16 @@ def _charts(
         bars = svg(partial(draw_accuracy, evaluation=evaluation), "accuracy", "Held-out accuracy by model", _WIDE)
         _add(charts["accuracy"], "Held-out accuracy", bars)
     return charts
+
+
+def _timeline(artifacts: Mapping[str, Path]) -> list[tuple[str, Any]]:
+    tries = of_run(artifacts)
+    found: list[tuple[str, Any]] = []
+    if tries:
+        rows = min(len({span.worker for span in tries}), MAX_WORKERS)
+        size = (_WIDE[0] * 1.5, 1.2 + 0.24 * rows)
+        _add(found, "Who worked when", svg(partial(draw_timeline, tries=tries), "timeline", "Units by process", size))
+    return found
 
 
 def _training_charts(found: list[tuple[str, Any]], lines: Sequence[Mapping[str, Any]]) -> None:

@@ -30,6 +30,7 @@ from pipelines.sources import Sources, hash_sources
 from pipelines.stages import STAGES
 from pipelines.stages.base import Context, Stage
 from pipelines.summary import headline, shown, summarise
+from pipelines.timeline import counts
 from pipelines.tracking import Tracker, flatten
 
 
@@ -77,10 +78,11 @@ def run_key(keys: dict[str, str]) -> str:
     return sha256_bytes(canonical(keys))[:20]
 
 
-def run(config: PipelineConfig, quiet: bool = False, verify: bool = False) -> RunResult:
+def run(config: PipelineConfig, quiet: bool = False, verify: bool = False, log_json: bool = False) -> RunResult:
     """Run a pipeline, or go on with it where it was left.
 
-    What a stage reads is hashed again before; with `verify` everything that was made before, read or not.
+    What a stage reads is hashed again before; with `verify` everything that was made before, read or not. With
+    `log_json` progress is told as lines of JSON on standard error.
 
     Raises:
         PipelineError, cluster.errors.ClusterError, lowrank.errors.LowRankError: see `pipelines.errors.exit_code`.
@@ -88,7 +90,7 @@ def run(config: PipelineConfig, quiet: bool = False, verify: bool = False) -> Ru
     store = Store(Path(config.store.path).resolve())
     directory = store.run_dir(config.name)
     directory.mkdir(parents=True, exist_ok=True)
-    with store_in_use(store.root), lease(directory / "lease.json") as held, ProgressBoard(quiet) as board:
+    with store_in_use(store.root), lease(directory / "lease.json") as held, ProgressBoard(quiet, log_json) as board:
         line = Line(config, store, board, held, verify)
         try:
             return line.run()
@@ -180,7 +182,7 @@ class Line:
             sidecar = self._write_sidecar(manifest, time.time() - began)
             numbers = {"stage_seconds": sidecar["seconds"], "stage_peak_rss_bytes": float(sidecar["peak_rss_bytes"])}
             facts = {k: float(v) for k, v in flatten(manifest.facts).items() if isinstance(v, int | float)}
-            self.tracker.log(numbers | facts)
+            self.tracker.log(numbers | facts | counts(self.store.artifact(stage.name, key)))
         done = _commits(store) - before
         progress.finish(f"{hms(time.time() - began)}  {len(manifest.files)} units, {done} made now")
         return _record(stage, manifest, sidecar, cached=False, done=done)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,8 +27,8 @@ class Progress(Protocol):
         """Announce the number of units, and how many were there already."""
         ...
 
-    def advance(self, units: int = 1, note: str = "") -> None:
-        """One or more units are committed; `note` is shown beside the bar."""
+    def advance(self, units: int = 1, note: str = "", unit: str = "", facts: Callable[[], Any] = dict) -> None:
+        """One or more units are committed; `note` is shown beside the bar, `unit` and `facts` are for a log."""
         ...
 
 
@@ -62,10 +63,14 @@ class Context:
         """Run `fn(job)` for every unit that is not committed yet; `extra` units follow that the driver makes itself."""
         missing = {unit: job for unit, job in jobs.items() if not self.store.is_committed(unit)}
         self.progress.total(len(jobs) + extra, len(jobs) - len(missing))
+        names = {id(job): unit for unit, job in missing.items()}
+
+        def done(job: Any, _result: Any) -> None:
+            unit = names[id(job)]
+            self.progress.advance(unit=unit, facts=partial(self.store.sidecar, unit))
+
         if missing:
-            self.runner(
-                fn, list(missing.values()), num_cpus=num_cpus, on_done=lambda _item, _out: self.progress.advance()
-            )
+            self.runner(fn, list(missing.values()), num_cpus=num_cpus, on_done=done)
 
     def model_source(self, adapter_dir: Path | None = None) -> ModelSource:
         """Where the parts of this run's model lie; for stages after `quantize`."""
@@ -77,7 +82,7 @@ class Context:
         if not self.store.is_committed(unit):
             self.store.commit(unit, write)
         if counted:
-            self.progress.advance()
+            self.progress.advance(unit=unit, facts=partial(self.store.sidecar, unit))
 
 
 @dataclass(frozen=True)
