@@ -132,4 +132,4 @@ def _without_gaps(tries: Sequence[Span]) -> tuple[Any, list[float]]:
 
 
 def _worker(line: Mapping[str, Any]) -> str:
-    return f"{str(line['node'])[:8]}:{line['pid']}"
+    return f"{str(line.get('node'))[:8]}:{line.get('pid')}"
