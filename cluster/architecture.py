@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.durable import reading
 from cluster.errors import ModelError
+from lowrank.reading import read_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -46,11 +48,18 @@ class Architecture:
 
     @classmethod
     def load(cls, path: Path) -> Architecture:
-        """Read what `save` wrote."""
-        data = json.loads(path.read_text())
-        linears = tuple(LinearSpec(s["name"], tuple(s["shape"]), s["transposed"], s["bias"]) for s in data["linears"])
-        parameters = {name: tuple(shape) for name, shape in data["parameters"].items()}
-        return cls(data["model_type"], data["base_prefix"], parameters, data["aliases"], linears)
+        """Read what `save` wrote.
+
+        Raises:
+            DamagedError: it is not what `save` writes.
+        """
+        with reading(path):
+            data = read_json(path)
+            linears = tuple(
+                LinearSpec(s["name"], tuple(s["shape"]), s["transposed"], s["bias"]) for s in data["linears"]
+            )
+            parameters = {name: tuple(shape) for name, shape in data["parameters"].items()}
+            return cls(data["model_type"], data["base_prefix"], parameters, data["aliases"], linears)
 
 
 def load_config(directory: Path) -> PretrainedConfig:
@@ -67,7 +76,7 @@ def load_config(directory: Path) -> PretrainedConfig:
         )
     try:
         config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
+    except Exception as error:  # whatever strange files lead transformers to
         raise ModelError(
             f"load model {directory}: transformers does not know this architecture ({_first_line(error)}). "
             "Models that bring their own code are refused."

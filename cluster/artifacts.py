@@ -9,6 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.durable import reading
+from lowrank.reading import read_json
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -59,13 +62,19 @@ class ShardSet:
 
     @cached_property
     def tensors(self) -> dict[str, ShardedTensor]:
-        """Every tensor by name."""
+        """Every tensor by name.
+
+        Raises:
+            DamagedError: the index is not what `shard` writes.
+        """
         import pyarrow.parquet as pq
 
+        index = self.path / "units" / "index" / "index.parquet"
         grouped: dict[str, list[dict[str, Any]]] = {}
-        for row in pq.read_table(self.path / "units" / "index" / "index.parquet").to_pylist():
-            grouped.setdefault(row["tensor"], []).append(row)
-        return {name: _sharded(name, rows) for name, rows in grouped.items()}
+        with reading(index):
+            for row in pq.read_table(index).to_pylist():
+                grouped.setdefault(row["tensor"], []).append(row)
+            return {name: _sharded(name, rows) for name, rows in grouped.items()}
 
     def slices(self, name: str, start: int, stop: int) -> tuple[TensorSlice, ...]:
         """Where rows [start, stop) of a tensor lie."""
@@ -80,13 +89,17 @@ class ShardSet:
         return tuple(found)
 
     def load(self, name: str) -> Tensor:
-        """A whole tensor in its stored dtype."""
+        """A whole tensor in its stored dtype.
+
+        Raises:
+            DamagedError: a shard is not what the index says.
+        """
         import torch
         from safetensors import safe_open
 
         parts = []
         for piece in self.tensors[name].pieces:
-            with safe_open(self.path / piece.file, framework="pt") as handle:
+            with reading(self.path / piece.file), safe_open(self.path / piece.file, framework="pt") as handle:
                 parts.append(handle.get_tensor(piece.key))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -111,11 +124,19 @@ class SplitSet:
 
     @cached_property
     def records(self) -> list[dict[str, Any]]:
-        """One record per target: module, shape, errors, bytes, fallback; in the model's order."""
+        """One record per target: module, shape, errors, bytes, fallback; in the model's order.
+
+        Raises:
+            DamagedError: the index is not what `quantize` writes.
+        """
         import pyarrow.parquet as pq
 
-        rows: list[dict[str, Any]] = pq.read_table(self.path / "units" / "index" / "index.parquet").to_pylist()
-        return rows
+        index = self.path / "units" / "index" / "index.parquet"
+        with reading(index):
+            rows: list[dict[str, Any]] = pq.read_table(index).to_pylist()
+            if not all(isinstance(row["module"], str) for row in rows):
+                raise ValueError("a row names no module")
+            return rows
 
     @property
     def modules(self) -> list[str]:
@@ -160,14 +181,23 @@ def save_split(directory: Path, split: SplitWeight) -> None:
 
 
 def load_split(directory: Path) -> SplitWeight:
-    """Read what `save_split` wrote, now or before it kept other forms than L R."""
+    """Read what `save_split` wrote, now or before it kept other forms than L R.
+
+    Raises:
+        DamagedError: it is not that.
+    """
+    with reading(directory / "split.json"):
+        return _load_split(directory)
+
+
+def _load_split(directory: Path) -> SplitWeight:
     from safetensors.torch import load_file
 
     from lowrank.factors import LowRankFactors, StructuredFactors
     from lowrank.quantization.nf4 import NF4Tensor
     from lowrank.quantization.residual import SplitWeight
 
-    record = json.loads((directory / "split.json").read_text())
+    record = read_json(directory / "split.json")
     tensors = load_file(directory / "split.safetensors")
     # Tensors of NF4 are named residual.packed and the like, those of factors have no point.
     factors = {name: tensor for name, tensor in tensors.items() if "." not in name}

@@ -21,6 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.errors import ClusterError, DamagedError
+from lowrank.errors import LowRankError
+from lowrank.reading import is_number, is_texts, parse_json, read_json
+
 MANIFEST, SIDECAR = "unit.json", "sidecar.json"
 
 
@@ -70,6 +74,26 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
 def write_json(path: Path, value: Any, mode: int = 0o644) -> None:
     """Replace a JSON file atomically."""
     write_atomic(path, json.dumps(value, indent=2, sort_keys=True, default=str).encode() + b"\n", mode)
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Read what an earlier stage has left at `path`; whatever strange files lead to is one error.
+
+    Raises:
+        DamagedError: it is not what that stage writes. OSError: the disk refuses.
+    """
+    try:
+        yield
+    except (ClusterError, LowRankError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:  # libraries tell damage by one without
+            raise
+        raise DamagedError(
+            f"read {path}: damaged ({type(error).__name__}: {error}). Delete the stage that holds it and run again: it "
+            "is made anew."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -149,8 +173,10 @@ class UnitStore:
         """
         directory = self.path(unit)
         try:
-            data = json.loads((directory / MANIFEST).read_text())
+            data = read_json(directory / MANIFEST)
             record = UnitRecord(data["name"], data["files"], data["facts"], data["sha256"])
+            if not is_texts(record.files) or not isinstance(record.facts, dict):
+                raise ValueError("files and facts must be mappings")
         except (KeyError, ValueError, TypeError) as error:
             raise ValueError(f"{directory / MANIFEST} is damaged ({error})") from error
         if _digest(record.name, record.files, record.facts) != record.sha256:
@@ -162,9 +188,17 @@ class UnitStore:
         return record
 
     def sidecar(self, unit: str) -> dict[str, Any]:
-        """Who made the unit, where, and at what cost."""
-        value: dict[str, Any] = json.loads((self.path(unit) / SIDECAR).read_text())
-        return value
+        """Who made the unit, where, and at what cost: `node`, `seconds`, `peak_rss_bytes`, and more.
+
+        It stands outside of every hash: of a damaged one nothing is known, which is no reason to stop.
+        """
+        try:
+            value = read_json(self.path(unit) / SIDECAR)
+        except (OSError, ValueError):
+            value = {}
+        fits = isinstance(value, dict) and isinstance(value.get("node"), str)
+        fits = fits and all(is_number(value.get(name)) for name in ("seconds", "peak_rss_bytes"))
+        return value if fits else {"node": "unknown", "seconds": 0.0, "peak_rss_bytes": 0}
 
     def discard(self, unit: str) -> None:
         """Remove a unit that turned out to be damaged: at once, whatever holds its files open."""
@@ -188,10 +222,14 @@ class UnitStore:
         for file in sorted((self.root / "ledger").glob("*.jsonl")):
             for text in file.read_bytes().splitlines():
                 with contextlib.suppress(ValueError):
-                    line = json.loads(text)
-                    if isinstance(line, dict) and "time" in line:
+                    line = parse_json(text)
+                    if isinstance(line, dict) and is_number(line.get("time")) and _has_texts(line, "event", "unit"):
                         lines.append(line)
-        return iter(sorted(lines, key=lambda line: float(line["time"])))
+        return iter(sorted(lines, key=lambda line: line["time"]))
+
+
+def _has_texts(line: dict[str, Any], *names: str) -> bool:
+    return all(isinstance(line.get(name), str) for name in names)
 
 
 def _seal(directory: Path, unit: str, facts: dict[str, Any]) -> UnitRecord:

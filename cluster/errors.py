@@ -10,6 +10,7 @@ ClusterError
 ├── ServeError       an endpoint cannot be deployed or reached
 ├── TrainError       a training worker failed for good, or the loss is no longer finite
 ├── DataError        a row without its field, an empty data set, duplicates
+├── DamagedError     what an earlier stage left in the store is damaged
 └── ModelError       a model that is missing, or of an architecture nobody here knows
 """
 
@@ -52,6 +53,10 @@ class TrainError(ClusterError):
 
 class DataError(ClusterError):
     """A row without its field, an empty data set, or duplicates where none may be."""
+
+
+class DamagedError(ClusterError):
+    """A file that an earlier stage left in the store is damaged."""
 
 
 class ModelError(ClusterError):

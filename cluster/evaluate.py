@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.durable import reading
 from cluster.model import ModelSource, Variant, build_variant, compute_dtype, load_tokenizer
 
 if TYPE_CHECKING:
@@ -59,12 +60,17 @@ class Row:
 
 
 def read_rows(tokens: Path, start: int, stop: int | None) -> list[Row]:
-    """Rows [start, stop) of a token table."""
+    """Rows [start, stop) of a token table.
+
+    Raises:
+        DamagedError: it is no table of tokens.
+    """
     import pyarrow.parquet as pq
 
     columns = ["row", "input_ids", "labels", "answer"]
-    table = pq.read_table(tokens, columns=columns).slice(start, None if stop is None else stop - start)
-    return [Row(r["row"], r["input_ids"], r["labels"], r["answer"]) for r in table.to_pylist()]
+    with reading(tokens):
+        table = pq.read_table(tokens, columns=columns).slice(start, None if stop is None else stop - start)
+        return [Row(r["row"], r["input_ids"], r["labels"], r["answer"]) for r in table.to_pylist()]
 
 
 @lru_cache(maxsize=1)

@@ -6,7 +6,6 @@ find and end the half-started processes.
 """
 
 import fcntl
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from cluster.durable import write_json
 from cluster.errors import ConnectError
+from lowrank.reading import is_number, read_json
 
 RECORD_NAME = "_cluster.json"
 TOKEN_NAME = "_ray_token"
@@ -46,12 +46,15 @@ class Head:
 def read_record(store_dir: Path) -> Head | None:
     """Return the recorded head of `store_dir`, or None when there is no readable record."""
     try:
-        raw = json.loads((store_dir / RECORD_NAME).read_text())
+        raw = read_json(store_dir / RECORD_NAME)
         raw["pids"] = {name: (int(pid), float(born)) for name, (pid, born) in raw["pids"].items()}
-        raw["sids"] = tuple(raw["sids"])
-        return Head(**raw)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raw["sids"] = tuple(int(sid) for sid in raw["sids"])
+        head = Head(**raw)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None
+    texts = (head.address, head.dashboard_url, head.token_file, head.temp_dir, head.marker, head.host, head.state)
+    fits = all(isinstance(text, str) for text in texts) and isinstance(head.ports, dict)
+    return head if fits and is_number(head.num_cpus) and is_number(head.started_at) else None
 
 
 def write_record(store_dir: Path, head: Head) -> None:

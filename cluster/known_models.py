@@ -6,12 +6,12 @@ A first check for `rankline plan`; `cluster.architecture.load_config` asks trans
 from __future__ import annotations
 
 import ast
-import json
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 from cluster.errors import ModelError
+from lowrank.reading import read_json, shown
 
 _TABLE = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
 
@@ -41,14 +41,16 @@ def check_config(directory: Path) -> None:
     """
     path = directory / "config.json"
     try:
-        config = json.loads(path.read_text())
+        config = read_json(path)
         model_type = config.get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise ModelError(f"load model {directory}: config.json cannot be read ({error}). Copy it again.") from error
+    if not isinstance(model_type, str):
+        raise ModelError(f"load model {directory}: config.json has the model_type {shown(model_type)}. Copy it again.")
     known = causal_model_types()
     if known and model_type not in known:
         raise ModelError(
-            f"load model {directory}: model_type {model_type!r} has no causal language model in transformers. "
+            f"load model {directory}: model_type {shown(model_type)} has no causal language model in transformers. "
             "Give a decoder such as Llama, Mistral, Qwen2 or GPT-2; models that bring their own code are refused."
         )
     if config.get("quantization_config"):

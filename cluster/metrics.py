@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.train_job import METRICS_FILE
+from lowrank.reading import parse_json
 
 
 @dataclass
@@ -48,8 +49,8 @@ class MetricLog:
 def parse_line(text: str) -> dict[str, Any] | None:
     """One line, or None where it is torn."""
     with contextlib.suppress(ValueError):
-        line = json.loads(text)
-        if isinstance(line, dict) and {"event", "step", "attempt"} <= set(line):
+        line = parse_json(text)
+        if isinstance(line, dict) and "event" in line and all(type(line.get(n)) is int for n in ("step", "attempt")):
             return line
     return None
 

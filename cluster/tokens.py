@@ -9,8 +9,9 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.durable import write_atomic
+from cluster.durable import reading, write_atomic
 from cluster.rows import EncodedRow, RowFormat, RowProblem, encode_row
+from lowrank.reading import parse_json, shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -104,6 +105,13 @@ def write_tokens(mapped: pa.Table, out: Path, facts: dict[str, Any]) -> Path:
     return out / TOKENS_FILE
 
 
+def _same_lengths(table: pa.Table) -> bool:
+    import pyarrow.compute as pc
+
+    tokens, labels = (pc.list_value_length(table[name]) for name in ("input_ids", "labels"))
+    return bool(tokens.equals(labels))
+
+
 @dataclass(frozen=True)
 class TokenTable:
     """The rows of a `tokens.parquet` in memory."""
@@ -112,19 +120,36 @@ class TokenTable:
 
     @classmethod
     def read(cls, path: Path) -> TokenTable:
-        """Open the file, or the directory that holds it."""
+        """Open the file, or the directory that holds it.
+
+        Raises:
+            DamagedError: it is no table of tokens.
+        """
         import pyarrow.parquet as pq
 
-        return cls(pq.read_table(path / TOKENS_FILE if path.is_dir() else path))
+        file = path / TOKENS_FILE if path.is_dir() else path
+        with reading(file):
+            table = pq.read_table(file)
+            table.validate(full=True)
+            if not table.schema.equals(tokens_schema()):
+                raise ValueError(f"its columns are {shown(table.schema.names)}")
+            if any(column.null_count for column in table.columns) or not _same_lengths(table):
+                raise ValueError("a row has no tokens, or not as many labels as tokens")
+        return cls(table)
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """What `prepare_tokens` wrote beside the rows: format, max_length, counts."""
-        facts: dict[str, Any] = json.loads((self.table.schema.metadata or {}).get(_META, b"{}"))
-        return facts
+        """What `prepare_tokens` wrote beside the rows: format, max_length, counts.
+
+        Raises:
+            DamagedError: they are no mapping.
+        """
+        with reading(Path(TOKENS_FILE)):
+            facts = parse_json((self.table.schema.metadata or {}).get(_META, b"{}"))
+            return dict(facts)
 
     @cached_property
     def lengths(self) -> list[int]:

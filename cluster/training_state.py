@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.durable import reading
 from cluster.errors import TrainError
 from cluster.train_job import checkpoint_unit
 
@@ -234,7 +235,8 @@ def save_checkpoint(store: UnitStore, tensors: Mapping[str, Tensor], progress: P
 def checkpoints(store: UnitStore) -> list[int]:
     """Steps of the committed checkpoints, oldest first."""
     found = (store.root / "units").glob("step-*")
-    return sorted(int(path.name.removeprefix("step-")) for path in found if store.is_committed(path.name))
+    steps = (path.name.removeprefix("step-") for path in found if store.is_committed(path.name))
+    return sorted(int(step) for step in steps if step.isdecimal())
 
 
 def newest_checkpoint(store: UnitStore) -> Progress | None:
@@ -247,6 +249,8 @@ def newest_checkpoint(store: UnitStore) -> Progress | None:
     for step in reversed(checkpoints(store)):
         try:
             found = Progress(**store.read(checkpoint_unit(step), verify=True).facts)
+            if found.step != step:
+                raise ValueError(f"{store.path(checkpoint_unit(step))} holds step {found.step}")
             break
         except (ValueError, FileNotFoundError, TypeError) as error:
             damaged[step] = str(error)
@@ -274,8 +278,14 @@ def _refuse_to_begin_anew(store: UnitStore, damaged: Mapping[int, str]) -> None:
 
 
 def load_tensors(store: UnitStore, step: int) -> dict[str, Tensor]:
-    """The tensors of a checkpoint."""
+    """The tensors of a checkpoint.
+
+    Raises:
+        DamagedError: it is not what `save_checkpoint` writes.
+    """
     from safetensors.torch import load_file
 
-    tensors: dict[str, Tensor] = load_file(store.path(checkpoint_unit(step)) / STATE_FILE)
-    return tensors
+    file = store.path(checkpoint_unit(step)) / STATE_FILE
+    with reading(file):
+        tensors: dict[str, Tensor] = load_file(file)
+        return tensors

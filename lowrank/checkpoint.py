@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lowrank.errors import CheckpointError
 from lowrank.headers import TensorHeader, safetensors_files, safetensors_headers
+from lowrank.reading import shown
 
 #: Largest piece of a tensor that is in memory while a shard is written.
 CHUNK_BYTES = 32 * 1024 * 1024
@@ -111,11 +112,14 @@ class SafetensorsCheckpoint:
         return self._read(name, lambda view: view[:, start:stop])
 
     def _read(self, name: str, take: Callable[[Any], Tensor]) -> Tensor:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         spec = self._specs[name]
-        with safe_open(spec.file, framework="pt") as handle:
-            return take(handle.get_slice(name))
+        try:
+            with safe_open(spec.file, framework="pt") as handle:
+                return take(handle.get_slice(name))
+        except SafetensorError as error:
+            raise CheckpointError(f"read {name} of {spec.file}: {error}. Copy the file again.") from error
 
 
 def read_header(file: Path) -> list[TensorSpec]:
@@ -130,7 +134,7 @@ def read_header(file: Path) -> list[TensorSpec]:
 def _spec(file: Path, header: TensorHeader) -> TensorSpec:
     if header.dtype not in DTYPES:
         raise CheckpointError(
-            f"read {file}: tensor {header.name!r} has dtype {header.dtype}; allowed are {sorted(DTYPES)}. "
+            f"read {file}: tensor {header.name!r} has dtype {shown(header.dtype)}; allowed are {sorted(DTYPES)}. "
             "Save the model in float32, bfloat16 or float16."
         )
     return TensorSpec(header.name, DTYPES[header.dtype], header.shape, str(file), header.end - header.begin)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lowrank.checkpoint import TensorSpec
 from lowrank.errors import CheckpointError
-from lowrank.headers import GGUF_ARCHITECTURES
+from lowrank.headers import GGUF_ARCHITECTURES, gguf_headers
 
 _BLOCK = {
     "attn_norm": "input_layernorm",
@@ -42,18 +42,14 @@ class GGUFCheckpoint:
 
         if not path.is_file():
             raise CheckpointError(f"read GGUF {path}: there is no such file. Check model.source.")
+        gguf_headers(path)  # the library believes every count that it reads
         try:
             self._reader = gguf.GGUFReader(str(path))
             self._tensors = {_hf_name(tensor.name): tensor for tensor in self._reader.tensors}
-        except (ValueError, IndexError, KeyError, OSError) as error:
+        except (ValueError, LookupError, ArithmeticError, OSError) as error:
             raise CheckpointError(f"read GGUF {path}: damaged or truncated ({error}). Download it again.") from error
         self._path = path
         self.architecture = str(self._field("general.architecture"))
-        if self.architecture not in GGUF_ARCHITECTURES:
-            raise CheckpointError(
-                f"read GGUF {path}: architecture {self.architecture!r}; allowed are {sorted(GGUF_ARCHITECTURES)}. "
-                "Convert the model to a Hugging Face directory with safetensors."
-            )
 
     def files(self) -> list[Path]:
         """The GGUF file."""
@@ -74,7 +70,13 @@ class GGUFCheckpoint:
         tensor = self._tensors[name]
         order = self._row_order(name)
         data = tensor.data[start:stop] if order is None else tensor.data[order[start:stop]]
-        values = gguf.quants.dequantize(np.ascontiguousarray(data), tensor.tensor_type)
+        try:
+            values = gguf.quants.dequantize(np.ascontiguousarray(data), tensor.tensor_type)
+        except (NotImplementedError, ValueError) as error:
+            kind = tensor.tensor_type.name
+            raise CheckpointError(
+                f"read GGUF {self._path}: {name} is stored as {kind} ({error}). Convert it to F16 or Q8_0."
+            ) from error
         return torch.from_numpy(np.array(values, dtype=np.float32, copy=True))
 
     def read_columns(self, name: str, start: int, stop: int) -> Tensor:
@@ -88,6 +90,10 @@ class GGUFCheckpoint:
             return None
         heads = self.config["num_attention_heads" if match[1] == "q" else "num_key_value_heads"]
         rows = self._spec(name).rows
+        if heads < 1 or rows % (2 * heads):
+            raise CheckpointError(
+                f"read GGUF {self._path}: {name} has {rows} rows for {heads} heads. Download the file again."
+            )
         return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(-1)
 
     def _field(self, key: str, default: Any = None) -> Any:
@@ -100,7 +106,19 @@ class GGUFCheckpoint:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The Hugging Face `config.json` of this model."""
+        """The Hugging Face `config.json` of this model.
+
+        Raises:
+            CheckpointError: a field is missing, or no number; or there is no embedding.
+        """
+        try:
+            return self._config()
+        except (ValueError, TypeError, LookupError, ArithmeticError) as error:
+            raise CheckpointError(
+                f"read GGUF {self._path}: its metadata is damaged ({error}). Download it again."
+            ) from error
+
+    def _config(self) -> dict[str, Any]:
         arch = self.architecture
         model_type, cls, _ = GGUF_ARCHITECTURES[arch]
         heads = int(self._field(f"{arch}.attention.head_count"))

@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
-import json
+import os
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from lowrank.errors import CheckpointError
+from lowrank.reading import parse_json, read_json, shown
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _CONVERT = (
@@ -20,6 +22,9 @@ _CONVERT = (
 )
 #: Longest header that is believed; the largest models have a few MB.
 _MAX_HEADER = 100_000_000
+_MOST_DIMENSIONS, _MOST_GGUF_DIMENSIONS = 64, 4
+#: Bytes of an element by safetensors' name, of the types that this project reads.
+ITEMSIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,10 @@ def safetensors_files(path: Path) -> list[Path]:
 
 def _indexed_files(index: Path) -> list[Path]:
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        if not all(isinstance(name, str) and name for name in names):
+            raise ValueError("weight_map must give the name of a file to every tensor")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"read {index}: not a safetensors index ({error}). Download the checkpoint again."
         ) from error
@@ -94,9 +101,10 @@ def safetensors_headers(file: Path) -> list[TensorHeader]:
             (length,) = struct.unpack("<Q", handle.read(8))
             if length > min(size, _MAX_HEADER):
                 raise ValueError(f"header of {length} bytes in a file of {size}")
-            header = json.loads(handle.read(length))
+            header = parse_json(handle.read(length))
         header.pop("__metadata__", None)
         found = [_header(name, entry) for name, entry in header.items()]
+        _require_tiling(found)
     except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"read {file}: damaged safetensors header ({error}). Copy the file again.") from error
     end = 8 + length + max((tensor.end for tensor in found), default=0)
@@ -106,13 +114,29 @@ def safetensors_headers(file: Path) -> list[TensorHeader]:
 
 
 def _header(name: str, entry: dict[str, Any]) -> TensorHeader:
-    begin, end = entry["data_offsets"]
-    return TensorHeader(name, str(entry["dtype"]), tuple(entry["shape"]), int(begin), int(end))
+    (begin, end), shape = entry["data_offsets"], entry["shape"]
+    sizes = [begin, end, *shape]
+    if len(shape) > _MOST_DIMENSIONS or not all(type(size) is int and 0 <= size < 2**63 for size in sizes):
+        raise ValueError(f"tensor {shown(name)} has the shape {shown(shape)} and the offsets {shown([begin, end])}")
+    header = TensorHeader(name, str(entry["dtype"]), tuple(shape), begin, end)
+    if end - begin != header.numel * ITEMSIZES.get(header.dtype, 0) and header.dtype in ITEMSIZES:
+        raise ValueError(f"tensor {shown(name)} has {end - begin} bytes for the shape {header.shape} of {header.dtype}")
+    return header
+
+
+def _require_tiling(tensors: Sequence[TensorHeader]) -> None:
+    """Safetensors allows neither holes nor overlaps."""
+    at = 0
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.begin, tensor.end)):
+        if tensor.begin != at:
+            raise ValueError(f"tensor {shown(tensor.name)} begins at {tensor.begin}, the one before it ends at {at}")
+        at = tensor.end
 
 
 #: GGUF architecture -> (Hugging Face model_type, class, whether q and k rows are interleaved).
 GGUF_ARCHITECTURES = {"llama": ("llama", "LlamaForCausalLM", True), "qwen2": ("qwen2", "Qwen2ForCausalLM", False)}
-#: struct codes of GGUF's scalar metadata types; 8 is a string, 9 an array.
+#: Versions that are read, and the struct codes of GGUF's scalar metadata types; 8 is a string, 9 an array.
+_GGUF_VERSIONS = (2, 3)
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
 
@@ -127,19 +151,21 @@ def gguf_headers(file: Path) -> list[TensorHeader]:
         with file.open("rb") as handle:
             if handle.read(4) != b"GGUF":
                 raise ValueError("it does not begin with 'GGUF'")
-            _version, num_tensors, num_fields = _unpack(handle, "IQQ")
+            version, num_tensors, num_fields = _unpack(handle, "IQQ")
+            if version not in _GGUF_VERSIONS:
+                raise ValueError(f"version {version}, allowed are {_GGUF_VERSIONS}")
             fields = dict(_field(handle) for _ in range(num_fields))
             tensors = [_gguf_tensor(handle) for _ in range(num_tensors)]
             data = handle.tell()
         last = max((tensor.begin for tensor in tensors), default=0)
         if data + last >= file.stat().st_size:
             raise ValueError(f"{file.stat().st_size} bytes, its last tensor begins at {data + last}")
-    except (OSError, ValueError, struct.error, KeyError, MemoryError) as error:
+    except (OSError, ValueError, struct.error, KeyError) as error:
         raise CheckpointError(f"read GGUF {file}: damaged or truncated ({error}). Download it again.") from error
     architecture = str(fields.get("general.architecture"))
     if architecture not in GGUF_ARCHITECTURES:
         raise CheckpointError(
-            f"read GGUF {file}: architecture {architecture!r}; allowed are {sorted(GGUF_ARCHITECTURES)}. "
+            f"read GGUF {file}: architecture {shown(architecture)}; allowed are {sorted(GGUF_ARCHITECTURES)}. "
             "Convert the model to a Hugging Face directory with safetensors."
         )
     return tensors
@@ -153,8 +179,11 @@ def _unpack(handle: BinaryIO, codes: str) -> tuple[Any, ...]:
 def _string(handle: BinaryIO) -> str:
     (length,) = _unpack(handle, "Q")
     if length > _MAX_HEADER:
-        raise ValueError(f"a name of {length} bytes")
-    return handle.read(length).decode("utf-8", "replace")
+        raise ValueError(f"a text of {length} bytes")
+    text = handle.read(length)
+    if len(text) < length:
+        raise ValueError(f"a text of {length} bytes is cut off")
+    return text.decode("utf-8", "replace")
 
 
 def _field(handle: BinaryIO) -> tuple[str, Any]:
@@ -167,13 +196,18 @@ def _field(handle: BinaryIO) -> tuple[str, Any]:
         for _ in range(count):
             _string(handle)
     else:
-        handle.seek(count * struct.calcsize("<" + _SCALARS[item]), 1)
+        nbytes = count * struct.calcsize("<" + _SCALARS[item])
+        if nbytes > os.fstat(handle.fileno()).st_size:
+            raise ValueError(f"an array of {nbytes} bytes is cut off")
+        handle.seek(nbytes, 1)
     return name, None  # vocabularies: nothing here needs them
 
 
 def _gguf_tensor(handle: BinaryIO) -> TensorHeader:
     name = _string(handle)
     (dimensions,) = _unpack(handle, "I")
+    if dimensions > _MOST_GGUF_DIMENSIONS:
+        raise ValueError(f"tensor {shown(name)} has {dimensions} dimensions")
     shape = tuple(int(size) for size in reversed(_unpack(handle, "Q" * dimensions)))
     _kind, offset = _unpack(handle, "IQ")
     tensor = TensorHeader(name, "F32", shape, offset, offset)

@@ -10,7 +10,6 @@ its manifest is there; the manifest holds the hash of every unit, the unit's own
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.durable import UnitStore, canonical, sha256_bytes, write_json
+from lowrank.reading import is_texts, read_json, shown
 from pipelines.errors import ArtifactError
 
 
@@ -39,6 +39,12 @@ class Manifest:
     def sha256(self) -> str:
         """Hash of the whole manifest, for the run record."""
         return sha256_bytes(canonical(asdict(self)))
+
+
+def _require_types(manifest: Manifest) -> None:
+    fits = is_texts(manifest.inputs) and is_texts(manifest.files)
+    if not fits or not isinstance(manifest.config, dict) or not isinstance(manifest.facts, dict):
+        raise ValueError("inputs, config, files and facts must be mappings")
 
 
 def stage_key(stage: str, format_version: int, config: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
@@ -72,12 +78,14 @@ class Store:
         """
         path = self.root / "_registries.json"
         try:
-            found = json.loads(path.read_text())
+            found = read_json(path)
+            if not isinstance(found, list) or not all(isinstance(uri, str) for uri in found):
+                raise ValueError(f"got {shown(found)}")
         except FileNotFoundError:
             return []
         except ValueError as error:
             raise ArtifactError(f"read {path}: damaged ({error}). Write it anew: a list of tracking URIs.") from error
-        return [str(uri) for uri in found]
+        return found
 
     def remember_registry(self, uri: str) -> None:
         """Put a registry on that list, even if its run goes."""
@@ -93,12 +101,13 @@ class Store:
         """
         path = self.artifact(stage, key) / "manifest.json"
         try:
-            data = json.loads(path.read_text())
+            data = read_json(path)
             digest = data.pop("sha256")
             manifest = Manifest(**data)
+            _require_types(manifest)
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ArtifactError(f"read {path}: damaged ({error}). Delete {path.parent} and run again.") from error
         if manifest.sha256 != digest:
             raise ArtifactError(f"read {path}: its own hash does not match. Delete {path.parent} and run again.")

@@ -233,7 +233,7 @@ def find(store: Path, url: str | None, token_file: str | None) -> ChatClient:
 def _recorded(store: Path) -> list[tuple[str, dict[str, Any]]]:
     """Runs of a store with the endpoints they have deployed, newest first."""
     from pipelines.inspect_store import run_names
-    from pipelines.workflow import read_record
+    from pipelines.records import read_record
 
     records = [(name, read_record(store / name)) for name in run_names(store)]
     records.sort(key=lambda item: item[1].get("updated", 0.0), reverse=True)

@@ -60,13 +60,17 @@ def run(arguments: Namespace) -> int:
 def resume(arguments: Namespace) -> int:
     """`rankline resume RUN`: the stored YAML as it is; refuses when its sources give other keys."""
     from pipelines import show, workflow
+    from pipelines.records import read_record
     from pipelines.sources import hash_sources
 
     store = Path(arguments.store).resolve()
     directory = store / arguments.run
-    record = workflow.read_record(directory)
-    if not record:
-        raise ConfigError(f"resume {arguments.run!r}: no such run in {store}. `rankline status` lists the runs.")
+    record = read_record(directory)
+    if "keys" not in record:
+        raise ConfigError(
+            f"resume {arguments.run!r}: no such run in {store}, or its run.json is damaged. `rankline status` lists "
+            f"the runs; `rankline run` with {directory / 'pipeline.yaml'} goes on with a damaged one."
+        )
     config = parse(read_yaml(directory / "pipeline.yaml"))
     keys = workflow.stage_keys(config, hash_sources(config, store / "_hashes.json"))
     changed = [stage for stage, key in keys.items() if record["keys"].get(stage) != key]

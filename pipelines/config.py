@@ -23,8 +23,10 @@ from lowrank.config import EXECUTION, STRICT, DecomposeConfig, QuantizeConfig
 from lowrank.optimizer_options import OPTIMIZER_OPTIONS, optimizer_problem
 from lowrank.options import BUDGETED, METHOD_OPTIONS, RULES
 from lowrank.quantize_options import QUANTIZE_OPTIONS
+from lowrank.reading import shown
 from pipelines.errors import ConfigError
 from pipelines.split_checks import split_problems
+from pipelines.yaml_text import MOST_BYTES, parse_yaml, plain
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -124,16 +126,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file, read safely.
 
     Raises:
-        ConfigError: missing, not YAML, or not a mapping.
+        ConfigError: missing, not YAML, too large, or not a mapping.
     """
-    import yaml
-
     try:
-        data = yaml.safe_load(path.read_text())
+        with path.open("rb") as handle:
+            data = parse_yaml(handle.read(MOST_BYTES + 1))
     except OSError as error:
         raise ConfigError(f"read pipeline {path}: {error.strerror}. Give the path of a pipeline YAML.") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that does not exist is a ValueError
-        raise ConfigError(f"read pipeline {path}: not valid YAML: {error}") from error
+    except ValueError as error:
+        raise ConfigError(
+            f"read pipeline {path}: not valid YAML: {error}. Allowed are sections of plain values, each key once."
+        ) from error
     if not isinstance(data, dict):
         raise ConfigError(f"read pipeline {path}: got {type(data).__name__}, allowed is a mapping of sections.")
     return data
@@ -150,7 +153,7 @@ def parse(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> PipelineCon
     Raises:
         ConfigError: with every problem found, by path.
     """
-    merged: dict[str, Any] = _plain(data)
+    merged: dict[str, Any] = plain(data)
     for override in overrides:
         _apply(merged, override)
     try:
@@ -164,8 +167,6 @@ def parse(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> PipelineCon
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
-    import yaml
-
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise ConfigError(f"--set {override}: allowed is dotted.path=value, for example decompose.rank=16.")
@@ -177,16 +178,9 @@ def _apply(data: dict[str, Any], override: str) -> None:
         if not isinstance(data, dict):
             raise ConfigError(f"--set {override}: {parent!r} is not a section.")
     try:
-        data[leaf] = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"--set {override}: the value is not YAML ({' '.join(str(error).split())}).") from error
-
-
-def _plain(value: Any) -> Any:
-    """A copy with text keys: YAML reads `1:` and `on:` as other types."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list) else value
+        data[leaf] = parse_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"--set {override}: the value is not YAML ({error}).") from error
 
 
 def _problem(item: Any) -> str:
@@ -196,7 +190,7 @@ def _problem(item: Any) -> str:
     got = (
         ""
         if item["type"] in ("missing", "missing_argument", "missing_keyword_only_argument")
-        else f"; got {item['input']!r}"
+        else f"; got {shown(item['input'])}"
     )
     what = "required, but missing" if not got else item["msg"][0].lower() + item["msg"][1:]
     return f"{path}: {what}{got}."

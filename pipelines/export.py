@@ -54,14 +54,17 @@ def export(store_dir: Path, run: str, out: Path, format: str, max_rank: int | No
 
 
 def _finished(store_dir: Path, run: str) -> tuple[PipelineConfig, ModelSource, Path]:
-    from pipelines import workflow
+    from pipelines.records import read_record
 
     directory = store_dir / run
-    record = workflow.read_record(directory)
-    if not record:
+    record = read_record(directory)
+    if "keys" not in record:
         raise ConfigError(f"export {run!r}: no such run in {store_dir}. `rankline status` lists the runs.")
     config, store, keys = parse(read_yaml(directory / "pipeline.yaml")), Store(store_dir), record["keys"]
-    if "finetune" not in keys or store.read_manifest("finetune", keys["finetune"]) is None:
+    if (
+        not {"shard", "quantize", "finetune"} <= keys.keys()
+        or store.read_manifest("finetune", keys["finetune"]) is None
+    ):
         raise ArtifactError(f"export {run!r}: its finetune stage is not finished. Run `rankline resume {run}`.")
     for stage in ("shard", "quantize", "finetune"):
         store.check(stage, keys[stage])
@@ -71,9 +74,9 @@ def _finished(store_dir: Path, run: str) -> tuple[PipelineConfig, ModelSource, P
 def _losses(store_dir: Path, run: str, source: ModelSource, adapter: Path, written: Path) -> dict[str, Any]:
     """Held-out losses of the trained and the exported model; nothing before `evaluate` has read held-out rows."""
     from cluster.export import losses_over_original
-    from pipelines import workflow
+    from pipelines.records import read_record
 
-    units = Store(store_dir).units("evaluate", workflow.read_record(store_dir / run)["keys"]["evaluate"])
+    units = Store(store_dir).units("evaluate", read_record(store_dir / run)["keys"].get("evaluate", "none"))
     if not units.is_committed("tokens"):
         return {}
     try:

@@ -10,8 +10,8 @@ from typing import Any
 from pipelines.artifacts import Store
 from pipelines.errors import ConfigError
 from pipelines.lease import holder
+from pipelines.records import read_record
 from pipelines.stages import STAGES
-from pipelines.workflow import read_record
 
 
 def status(root: Path, run: str | None) -> dict[str, Any]:
@@ -43,6 +43,9 @@ def run_names(root: Path) -> list[str]:
 def _run(store: Store, name: str) -> dict[str, Any]:
     record = read_record(store.run_dir(name))
     driver = holder(store.run_dir(name) / "lease.json")
+    if not {"status", "keys", "stages"} <= record.keys():
+        record = {"name": name, "status": "DAMAGED (`rankline run` with its pipeline.yaml writes run.json anew)"}
+        record |= {"keys": {}, "stages": {}}
     if record["status"] == "RUNNING" and driver is None:
         record["status"] = "LOST (its driver died; run it again to go on)"
     record["driver"] = driver["pid"] if driver else None

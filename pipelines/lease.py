@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lowrank.reading import read_json
 from pipelines.errors import LeaseError
 
 
@@ -35,9 +36,9 @@ def _start_time(pid: int) -> float | None:
 def holder(path: Path) -> dict[str, Any] | None:
     """Who holds the lease, or None; a lease of a process that died here counts as none."""
     try:
-        data: dict[str, Any] = json.loads(path.read_text())
+        data: dict[str, Any] = read_json(path)
         here, pid, started = data["host"] == socket.gethostname(), int(data["pid"]), data["started"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
     return None if here and _start_time(pid) != started else data
 
@@ -56,7 +57,7 @@ class Lease:
             LeaseError: somebody took it away, or another driver has taken the run over.
         """
         try:
-            found = json.loads(self.path.read_text())
+            found = read_json(self.path)
         except (FileNotFoundError, ValueError):  # a disk that refuses says so itself
             found = {}
         if not isinstance(found, dict) or found.get("token") != self.token:

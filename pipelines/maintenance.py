@@ -20,8 +20,8 @@ from pipelines.artifacts import Store, damage
 from pipelines.errors import ArtifactError, ConfigError, LeaseError, TrackingError
 from pipelines.inspect_store import run_names
 from pipelines.lease import holder, store_to_oneself
+from pipelines.records import read_record, record_hash
 from pipelines.stages import STAGES
-from pipelines.workflow import read_record, record_hash
 
 #: Seconds for which a unit that is half written is left alone: workers outlive a driver that was killed.
 FRESH_S = 3600.0

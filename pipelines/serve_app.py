@@ -16,9 +16,9 @@ from pipelines.artifacts import Store
 from pipelines.config import PipelineConfig, parse, read_yaml
 from pipelines.endpoint import check_served, deploy_endpoint, serve_spec
 from pipelines.errors import ConfigError
+from pipelines.records import read_record, write_record
 from pipelines.session import open_cluster
 from pipelines.tracking import Tracker, default_uri
-from pipelines.workflow import read_record, write_record
 
 
 def redeploy(root: Path, name: str) -> tuple[dict[str, Any], str]:
@@ -44,7 +44,8 @@ def finished_run(store: Store, name: str) -> tuple[PipelineConfig, dict[str, Any
         ConfigError: there is no such run, or it has registered nothing yet.
     """
     record = read_record(store.run_dir(name))
-    manifest = store.read_manifest("register", record["keys"]["register"]) if record else None
+    key = record.get("keys", {}).get("register")
+    manifest = store.read_manifest("register", key) if key else None
     if manifest is None:
         raise ConfigError(
             f"serve {name!r}: no finished run of that name in {store.root}. `rankline status` lists the runs."

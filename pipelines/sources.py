@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from cluster.durable import canonical, sha256_bytes, sha256_file, write_json
 from cluster.errors import DataError, ModelError
 from cluster.sources import open_source
 from lowrank.headers import TensorHeader, gguf_headers, safetensors_files, safetensors_headers
+from lowrank.reading import read_json
 from pipelines.config import ModelConfig, PipelineConfig
 
 if TYPE_CHECKING:
@@ -149,9 +150,11 @@ class SourceHashes:
     def __init__(self, cache: Path) -> None:
         self._path = cache
         try:
-            self._known: dict[str, Any] = json.loads(cache.read_text())
+            found = read_json(cache)
         except (OSError, ValueError):
-            self._known = {}
+            found = {}
+        entries = found.items() if isinstance(found, dict) else ()
+        self._known: dict[str, Any] = {file: entry for file, entry in entries if _is_entry(entry)}
 
     def of(self, files: Iterable[Path], named: bool = True) -> str:
         """One hash over the contents of files, in order, and over their names where those have a meaning."""
@@ -173,6 +176,18 @@ class SourceHashes:
         digest = sha256_file(file)
         self._known[str(file)] = {"stamp": stamp, "sha256": digest}
         return digest
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether an entry of the cache is one; of a damaged one the file is hashed again."""
+    return (
+        isinstance(entry, dict)
+        and isinstance(stamp := entry.get("stamp"), list)
+        and len(stamp) == 3
+        and all(isinstance(number, int) for number in stamp)
+        and isinstance(digest := entry.get("sha256"), str)
+        and re.fullmatch("[0-9a-f]{64}", digest) is not None
+    )
 
 
 def _over(files: Iterable[Path], named: bool, content: Callable[[Path], str]) -> str:

@@ -8,7 +8,6 @@ was removed after 2.47, so this is ours, and thin.
 from __future__ import annotations
 
 import contextlib
-import json
 import signal
 import time
 from collections.abc import Iterator
@@ -20,12 +19,14 @@ from typing import Any
 
 from cluster.durable import UnitStore, canonical, peak_rss_bytes, sha256_bytes, write_atomic, write_json
 from cluster.errors import OutOfMemoryError
+from lowrank.reading import is_number, read_json
 from pipelines.artifacts import Manifest, Store, stage_key
 from pipelines.config import PipelineConfig, to_dict
 from pipelines.errors import GateError, Interrupted, LeaseError, PipelineError
 from pipelines.estimates import memory_advice
 from pipelines.lease import Lease, lease, store_in_use
 from pipelines.progress import ProgressBoard, StageProgress, hms
+from pipelines.records import read_record, write_record
 from pipelines.sources import Sources, hash_sources
 from pipelines.stages import STAGES
 from pipelines.stages.base import Context, Stage
@@ -243,10 +244,11 @@ class Line:
     def _read_sidecar(self, manifest: Manifest) -> dict[str, Any]:
         path = self.store.artifact(manifest.stage, manifest.key) / "sidecar.json"
         try:
-            sidecar: dict[str, Any] = json.loads(path.read_text())
+            sidecar = read_json(path)
         except (FileNotFoundError, ValueError):  # a driver died just after the manifest
-            return self._write_sidecar(manifest)
-        return sidecar
+            sidecar = None
+        fits = isinstance(sidecar, dict) and all(is_number(sidecar.get(n)) for n in ("seconds", "peak_rss_bytes"))
+        return sidecar if fits else self._write_sidecar(manifest)
 
     def _gate(self, stage: Stage) -> None:
         """Stop the line when the adapter did not improve."""
@@ -373,22 +375,3 @@ def _absolute(source: str | None) -> str | None:
     if source is None or ":" in source:
         return source
     return str(Path(source).expanduser().absolute())
-
-
-def read_record(directory: Path) -> dict[str, Any]:
-    """The record of a run, or an empty mapping."""
-    try:
-        record = json.loads((directory / "run.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
-
-
-def write_record(directory: Path, record: dict[str, Any]) -> None:
-    """Replace the record of a run, with its own hash."""
-    write_json(directory / "run.json", record | {"sha256": record_hash(record)})
-
-
-def record_hash(record: dict[str, Any]) -> str:
-    """Hash of a run's record but for that entry itself."""
-    return sha256_bytes(canonical({name: value for name, value in record.items() if name != "sha256"}))

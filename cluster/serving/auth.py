@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
-import json
-import math
 import os
 import re
 import secrets
@@ -19,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import ServeError, TokenError
+from lowrank.reading import is_number, parse_json
 
 _MOST_BYTES = 2**20
+_MOST_PER_MINUTE = 10**9
 
 
 def ensure_token(path: str | Path) -> str:
@@ -126,7 +126,7 @@ def _is_token(text: Any) -> bool:
 def _parse_keys(path: Path, text: str) -> list[Key]:
     """Keys of a JSON file. Its text, which holds secrets, is in no error."""
     try:
-        entries = json.loads(text)["tokens"]
+        entries = parse_json(text)["tokens"]
         keys = [
             Key(entry["name"], entry["token"], tuple(entry.get("models", ["*"])), entry.get("requests_per_minute"))
             for entry in entries
@@ -137,7 +137,7 @@ def _parse_keys(path: Path, text: str) -> list[Key]:
             len(entries) == len(keys) == len({key.name for key in keys}) == len({key.token for key in keys}) > 0
             and all(_is_token(key.token) and _is_token(key.name) for key in keys)
             and all(isinstance(pattern, str) for key in keys for pattern in key.models)
-            and all(isinstance(rate, int | float) and 0 < rate < math.inf for rate in rates)
+            and all(is_number(rate) and 0 < rate <= _MOST_PER_MINUTE for rate in rates)
             and all(not isinstance(entry.get("models", []), str) for entry in entries)
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

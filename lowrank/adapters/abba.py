@@ -16,6 +16,7 @@ import torch
 
 from lowrank.adapter_options import ABBAOptions
 from lowrank.adapters.base import Layer, kaiming, matched
+from lowrank.adapters.file_config import pattern_value
 from lowrank.adapters.loha import LoHA, from_split
 from lowrank.adapters.pairs import residual_part
 from lowrank.adapters.products import refuse_rslora
@@ -54,7 +55,7 @@ class ABBA(LoHA):
     def stored_scaling(cls, module: str, r: int, config: Mapping[str, Any]) -> float:
         """√α₁√α₂, which knows no rank."""
         del r
-        alpha2 = matched(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
+        alpha2 = pattern_value(config, "alpha_pattern", module, config["lora_alpha"])
         return _scaling(config["alpha1"], alpha2)
 
     @classmethod

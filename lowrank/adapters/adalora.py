@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowrank.adapter_options import AdaLoRAOptions, options_of
-from lowrank.adapters.base import Adapter, Export, Layer
+from lowrank.adapters.base import Adapter, Export, Layer, require_fit
 from lowrank.adapters.settings import common_rank, dropout_of
 from lowrank.config import AdapterConfig
 from lowrank.errors import AdapterError
@@ -28,6 +28,7 @@ class AdaLoRA(Adapter):
 
     def __init__(self, q: Tensor, p: Tensor, e: Tensor, scaling: float, dropout: float = 0.0) -> None:
         """Args: q: Q (r, n). p: P (m, r). e: (r, 1). scaling: s. dropout: on the input while training, in [0, 1)."""
+        require_fit("AdaLoRA", Q=(q, "rn"), P=(p, "mr"), e=(e, "r1"))
         super().__init__((p.shape[0], q.shape[1]), scaling, dropout)
         self.lora_a = nn.Parameter(q)
         self.lora_b = nn.Parameter(p)
@@ -101,14 +102,15 @@ class AdaLoRA(Adapter):
 
     @classmethod
     def from_tensors(cls, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Self:
-        """A stored triple. PEFT leaves out the components that were taken away: they are zeros here, as we store them.
+        """A stored triple. PEFT leaves out the components that were taken away; where none is left, one stays as zeros.
 
         The scaling is that of the rank at the start, as in training.
         """
         q, p, e = (tensors[f"lora_{name}"].float() for name in "ABE")
         r = int(config["init_r"])
-        lost = r - len(e)
-        q, p, e = F.pad(q, (0, 0, 0, lost)), F.pad(p, (0, lost)), F.pad(e, (0, 0, 0, lost))
+        require_fit("AdaLoRA", Q=(q, "rn"), P=(p, "mr"), e=(e, "r1"))
+        if not len(e):  # expanded: a file may name any size of what holds no numbers
+            q, p, e = (torch.zeros(1, 1).expand(size) for size in ((1, q.shape[1]), (len(p), 1), (1, 1)))
         return cls(q, p, e, _scaling(float(config["lora_alpha"]), r), dropout_of(config))
 
     @classmethod

@@ -242,6 +242,23 @@ def kaiming(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     return torch.rand(rows, columns, generator=generator) * (2 * bound) - bound
 
 
+def require_fit(family: str, **factors: tuple[Tensor, str]) -> None:
+    """Refuse factors that do not fit each other: a letter stands for an axis, and the same letter for the same size.
+
+    Raises:
+        AdapterError: says the shapes, and those that are allowed.
+    """
+    sizes = {"1": 1}
+    fits = all(
+        tensor.ndim == len(axes) and all(sizes.setdefault(axis, size) == size for axis, size in zip(axes, tensor.shape))
+        for tensor, axes in factors.values()
+    )
+    if not fits:
+        got = ", ".join(f"{name} is {tuple(tensor.shape)}" for name, (tensor, _) in factors.items())
+        allowed = ", ".join(f"{name} ({', '.join(axes)})" for name, (_, axes) in factors.items())
+        raise AdapterError(f"{family} factors do not fit: {got}; allowed are {allowed}.")
+
+
 def check_finite(layers: Mapping[str, Mapping[str, Tensor]]) -> None:
     """All tensors at once, as there may be hundreds: layer -> name -> tensor.
 

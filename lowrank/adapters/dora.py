@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowrank.adapters.base import Adapter, Export, Layer
+from lowrank.adapters.base import Adapter, Export, Layer, require_fit
 from lowrank.adapters.frozen import frozen_weight, needs_weight, stored_weight
 from lowrank.adapters.lora import LoRA
 from lowrank.adapters.pairs import RESIDUAL, initial_pair
@@ -31,6 +31,7 @@ class DoRA(Adapter):
 
     def __init__(self, a: Tensor, b: Tensor, magnitude: Tensor, scaling: float, dropout: float = 0.0) -> None:
         """Args: a: (r, n). b: (m, r). magnitude: μ (m,). scaling: s. dropout: on the input while training."""
+        require_fit("DoRA", A=(a, "rn"), B=(b, "mr"), magnitude=(magnitude, "m"))
         super().__init__((b.shape[0], a.shape[1]), scaling, dropout)
         self.lora_a = nn.Parameter(a)
         self.lora_b = nn.Parameter(b)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowrank.adapter_options import DyLoRAOptions, options_of
-from lowrank.adapters.base import Adapter, Export, Layer, scaling_of
+from lowrank.adapters.base import Adapter, Export, Layer, require_fit, scaling_of
 from lowrank.adapters.lora import LoRA
 from lowrank.adapters.pairs import initial_pair
 from lowrank.adapters.settings import dropout_of, options_from, scaling_from
@@ -48,6 +48,7 @@ class DyLoRA(Adapter):
         Raises:
             AdapterError: r_min or eval_rank is larger than r.
         """
+        require_fit("DyLoRA", A=(a, "rn"), B=(b, "mr"))
         super().__init__((b.shape[0], a.shape[1]), scaling, dropout)
         self.lora_a = nn.Parameter(a)
         self.lora_b = nn.Parameter(b)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowrank.adapter_options import full_problem
-from lowrank.adapters.base import Adapter, Export, Layer
+from lowrank.adapters.base import Adapter, Export, Layer, require_fit
 from lowrank.adapters.settings import dropout_of
 from lowrank.blocks import BlockMatrix
 from lowrank.config import AdapterConfig
@@ -37,6 +37,7 @@ class Full(Adapter):
 
     def __init__(self, delta: Tensor, dropout: float = 0.0) -> None:
         """Args: delta: ΔW (m, n). dropout: on the input while training, in [0, 1)."""
+        require_fit("full", delta=(delta, "mn"))
         super().__init__((delta.shape[0], delta.shape[1]), 1.0, dropout)
         self.full_delta = nn.Parameter(delta)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lowrank.adapters.base import Adapter, Export, Layer, kaiming
+from lowrank.adapters.base import Adapter, Export, Layer, kaiming, require_fit
 from lowrank.adapters.frozen import frozen_weight, needs_weight
 from lowrank.adapters.settings import dropout_of, rank_of
 from lowrank.config import AdapterConfig
@@ -29,6 +29,7 @@ class HiRA(Adapter):
 
     def __init__(self, a: Tensor, b: Tensor, dropout: float = 0.0) -> None:
         """Args: a: (r, n). b: (m, r). dropout: on the input while training, in [0, 1)."""
+        require_fit("HiRA", A=(a, "rn"), B=(b, "mr"))
         super().__init__((b.shape[0], a.shape[1]), 1.0, dropout)
         self.hira_a = nn.Parameter(a)
         self.hira_b = nn.Parameter(b)

@@ -32,6 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from lowrank.adapter_options import KRAdapterOptions, LoKHOptions, options_of
 from lowrank.adapters.base import Adapter, Export, Layer, kaiming, matched
 from lowrank.adapters.continued import divided, extended
+from lowrank.adapters.file_config import pattern_value
 from lowrank.adapters.products import column_products, refuse_rslora
 from lowrank.adapters.settings import dropout_of, rank_of, scaling_for, scaling_from
 from lowrank.config import AdapterConfig
@@ -198,7 +199,7 @@ class LoKH(Adapter):
         if "lokh_a1" in factors:
             scaling = scaling_from(config, module, len(factors["lokh_a1"]))
         else:
-            scaling = float(matched(config.get("alpha_pattern") or {}, module, config["lora_alpha"]))
+            scaling = float(pattern_value(config, "alpha_pattern", module, config["lora_alpha"]))
         return cls(factors, (m, n), scaling, dropout_of(config))
 
     @classmethod

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from lowrank.adapter_options import KronAOptions, LoKrOptions, options_of
 from lowrank.adapters.base import Export, Layer, kaiming, matched
 from lowrank.adapters.continued import divided, extended, refuse_smaller
+from lowrank.adapters.file_config import pattern_value
 from lowrank.adapters.products import AddedInPlace, refuse_other_names, refuse_rslora
 from lowrank.adapters.settings import dropout_of, rank_of, scaling_for, scaling_from
 from lowrank.config import AdapterConfig
@@ -184,7 +185,7 @@ class LoKr(AddedInPlace):
     @classmethod
     def from_tensors(cls, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Self:
         """The factors on disk, with the rank and the scaling that the configuration gives the module."""
-        r = int(matched(config.get("rank_pattern") or {}, module, config["r"]))
+        r = int(pattern_value(config, "rank_pattern", module, config["r"]))
         scaling = scaling_from(config, module, r, "alpha")
         return cls({name: part.float() for name, part in tensors.items()}, r, scaling, dropout_of(config))
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowrank.adapter_options import LoRAXSOptions, options_of
-from lowrank.adapters.base import Adapter, Export, Layer
+from lowrank.adapters.base import Adapter, Export, Layer, require_fit
 from lowrank.adapters.settings import dropout_of, rank_of, scaling_for, scaling_from
 from lowrank.blocks import BlockMatrix
 from lowrank.config import AdapterConfig
@@ -33,6 +33,7 @@ class LoRAXS(Adapter):
 
     def __init__(self, a: Tensor, b: Tensor, core: Tensor, scaling: float, dropout: float = 0.0) -> None:
         """Args: a: V_rᵀ (r, n). b: U_r Σ_r (m, r). core: R (r, r). scaling: s. dropout: on the input, in [0, 1)."""
+        require_fit("LoRA-XS", A=(a, "rn"), B=(b, "mr"), R=(core, "rr"))
         super().__init__((b.shape[0], a.shape[1]), scaling, dropout)
         self.register_buffer("lora_xs_a", a)
         self.register_buffer("lora_xs_b", b)

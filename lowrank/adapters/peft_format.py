@@ -7,23 +7,31 @@ hash, shapes, options) stands under `rankline`.
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from lowrank.adapters.base import Adapter, check_finite
+from lowrank.adapters.base import Adapter, check_finite, matched
+from lowrank.adapters.file_config import MOST_NAME, check_fields, resolved
 from lowrank.adapters.registry import FAMILIES, family_of
 from lowrank.config import AdapterConfig
 from lowrank.errors import AdapterError
+from lowrank.reading import read_json, shown
 
 _PREFIX = "base_model.model."
 _SHARED = "base_model."
 #: What must be the same where an adapter is loaded, as messages name it.
 _BASE_KEYS = {"base_sha256": "weights of sha256", "split_key": "the split", "base": "a base of kind"}
+#: What tensors and numbers that do not fit each other lead a family to.
+_STRANGE = (AdapterError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
+_DTYPES = (*_FLOATS, torch.int64, torch.int32)
+_MOST_SCALING, _MOST_SHOWN = 1e30, 8
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -83,7 +91,10 @@ def _peft_config(adapters: Mapping[str, Adapter], config: AdapterConfig, base: M
         "base_model_name_or_path": base.get("name"),
         "r": common,
         "rank_pattern": {module: r for module, r in ranks.items() if r != common},
-        "alpha_pattern": dict(config.alpha_pattern),
+        # Names in the place of patterns: whoever reads them needs no regular expressions.
+        "alpha_pattern": {
+            module: alpha for module in adapters if (alpha := matched(config.alpha_pattern, module, None)) is not None
+        },
         "target_modules": sorted(adapters),
         "inference_mode": True,
         "rankline": dict(base) | {"method": config.method, "options": dict(config.options), "shapes": shapes},
@@ -98,14 +109,19 @@ def read_config(directory: Path) -> dict[str, Any]:
         AdapterError: missing, damaged, or of a family that is not here.
     """
     try:
-        config: dict[str, Any] = json.loads((directory / CONFIG).read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        config: dict[str, Any] = read_json(directory / CONFIG)
+    except (OSError, ValueError) as error:
         raise AdapterError(f"load adapter {directory}: {CONFIG} is missing or damaged ({error}).") from error
     if not isinstance(config, dict):
         raise AdapterError(f"load adapter {directory}: {CONFIG} is damaged (no JSON object).")
+    try:
+        check_fields(config)
+    except AdapterError as error:
+        raise AdapterError(f"load adapter {directory}: {CONFIG}: {error}") from error
     if family_of(config) is None:
         known = ", ".join(sorted({family.peft_type for family in FAMILIES.values()}))
-        raise AdapterError(f"load adapter {directory}: peft_type {config.get('peft_type')!r}; allowed are {known}.")
+        kind = shown(config.get("peft_type"))
+        raise AdapterError(f"load adapter {directory}: peft_type {kind}; allowed are {known}.")
     return config
 
 
@@ -123,7 +139,8 @@ def check_base(directory: Path, config: Mapping[str, Any], base: Mapping[str, An
         theirs, ours = trained.get(key), base.get(key)
         if None not in (theirs, ours) and theirs != ours:
             raise AdapterError(
-                f"load adapter {directory}: it was trained over {what} {theirs} (model {trained.get('name')!r}), this "
+                f"load adapter {directory}: it was trained over {what} {shown(theirs)} (model "
+                f"{shown(trained.get('name'))}), this "
                 f"base has {ours} (model {base.get('name')!r}). Load it onto the base that it was trained over, train "
                 "it again over this one, or write it for the original dense model with `rankline export`."
             )
@@ -148,11 +165,15 @@ def load_adapter(directory: Path, base: Mapping[str, Any] | None = None) -> dict
     layers, shared = _by_module({key: t for key, t in tensors.items() if key not in whole}, family.prefix)
     _require_finite(directory, {**layers, "shared": shared})
     try:
-        return dict(family.load_all(layers, shared, config))
-    except (AdapterError, KeyError, TypeError, ValueError) as error:
+        config = resolved(config, layers)
+        made = dict(family.load_all(layers, shared, config))
+        _require_finite_scale(made, shared)
+        return made
+    except _STRANGE as error:
         module = _first_that_fails(family, layers, shared, config)
         problem = str(error) if isinstance(error, AdapterError) else f"no {config['peft_type']} adapter ({error!r})"
-        held = {name: tuple(tensor.shape) for name, tensor in sorted(layers.get(module, shared).items())}
+        tensors = layers.get(module, shared)
+        held = {name: tuple(tensors[name].shape) for name in sorted(tensors)[:_MOST_SHOWN]}
         raise AdapterError(
             f"load adapter {directory}: {module or 'all layers'}: {problem} Its tensors are {held}. Save it again, "
             "with the configuration that it was trained with."
@@ -165,13 +186,21 @@ def _first_that_fails(
     shared: Mapping[str, Tensor],
     config: Mapping[str, Any],
 ) -> str:
-    """The first module that does not load alone; empty where all do."""
-    for module, named in layers.items():
+    """The first module that does not load alone; empty where all do, or none of the first thousand."""
+    for module, named in islice(layers.items(), 1000):
         try:
             family.load_all({module: named}, shared, config)
-        except (AdapterError, KeyError, TypeError, ValueError):
+        except _STRANGE:
             return module
     return ""
+
+
+def _require_finite_scale(adapters: Mapping[str, Adapter], shared: Mapping[str, Tensor]) -> None:
+    for module, adapter in adapters.items():
+        if not abs(adapter.scaling) < _MOST_SCALING:
+            raise AdapterError(f"the scaling of {module} is {adapter.scaling}. Correct alpha and rank.")
+    if any(name.endswith(".alpha") for name in shared):  # of LyCORIS, and multiplied into the factors
+        check_finite({module: adapter.tensors() for module, adapter in adapters.items()})
 
 
 def load_saved_modules(directory: Path) -> dict[str, dict[str, Tensor]]:
@@ -204,9 +233,18 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return dict(load_file(directory / WEIGHTS))
-    except (OSError, SafetensorError) as error:
+        tensors = dict(load_file(directory / WEIGHTS))
+    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise AdapterError(f"load adapter {directory}: {WEIGHTS} is missing or damaged ({error}).") from error
+    for name, tensor in tensors.items():
+        if len(name) > MOST_NAME or tensor.dtype not in _DTYPES:
+            allowed = ", ".join(str(dtype) for dtype in _DTYPES)
+            raise AdapterError(
+                f"load adapter {directory}: {WEIGHTS} has the tensor {shown(name)} of {tensor.dtype}; allowed are "
+                f"names of at most {MOST_NAME} characters and {allowed}. Save it again."
+            )
+    # What is too large for the factors' own fp32 is infinite from here on.
+    return {name: tensor.float() if tensor.dtype is torch.float64 else tensor for name, tensor in tensors.items()}
 
 
 def _whole(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
@@ -214,9 +252,10 @@ def _whole(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str
     found: dict[str, dict[str, Tensor]] = {}
     for pattern in config.get("modules_to_save") or ():
         for key, tensor in tensors.items():
-            named = re.match(rf"(.*?{re.escape(pattern)})\.(.+)$", key.removeprefix(_PREFIX))
-            if key.startswith(_PREFIX) and named:
-                found.setdefault(named[1], {})[named[2]] = tensor
+            name = key.removeprefix(_PREFIX)
+            before, dot, rest = name.partition(f"{pattern}.")
+            if key.startswith(_PREFIX) and dot and rest:
+                found.setdefault(before + pattern, {})[rest] = tensor
     return found
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowrank.adapters.base import Adapter, Export, Layer
+from lowrank.adapters.base import Adapter, Export, Layer, require_fit
 from lowrank.adapters.settings import dropout_of, rank_of, scaling_for, scaling_from
 from lowrank.config import AdapterConfig
 
@@ -30,6 +30,7 @@ class PoLAR(Adapter):
 
     def __init__(self, x: Tensor, theta: Tensor, y: Tensor, scaling: float, dropout: float = 0.0) -> None:
         """Args: x: X (m, r). theta: Θ (r, r). y: Y (n, r). scaling: s. dropout: on the input, in [0, 1)."""
+        require_fit("PoLAR", X=(x, "mr"), theta=(theta, "rr"), Y=(y, "nr"))
         super().__init__((x.shape[0], y.shape[0]), scaling, dropout)
         self.polar_x = nn.Parameter(x)
         self.polar_theta = nn.Parameter(theta)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lowrank.adapters.base import Layer, matched, scaling_of
+from lowrank.adapters.file_config import pattern_value
 from lowrank.config import AdapterConfig
 from lowrank.errors import AdapterError
 
@@ -53,7 +54,7 @@ def scaling_for(layer: Layer, config: AdapterConfig, r: int) -> float:
 
 def scaling_from(config: Mapping[str, Any], module: str, r: int, alpha: str = "lora_alpha") -> float:
     """s of a stored layer of rank r; `alpha` is the family's name for α in PEFT's configuration."""
-    value = matched(config.get("alpha_pattern") or {}, module, config[alpha])
+    value = pattern_value(config, "alpha_pattern", module, config[alpha])
     return scaling_of(float(value), r, bool(config.get("use_rslora")))
 
 

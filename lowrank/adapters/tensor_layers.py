@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowrank.adapter_options import LoRTAOptions, options_of
-from lowrank.adapters.base import Adapter, Export, Layer, kaiming
+from lowrank.adapters.base import Adapter, Export, Layer, kaiming, require_fit
 from lowrank.adapters.settings import common_rank, dropout_of, scaling_for, scaling_from, shapes_from
 from lowrank.config import AdapterConfig
 from lowrank.errors import AdapterError
@@ -105,6 +105,7 @@ class LoTR(CrossLayer):
 
     def __init__(self, core: Tensor, factors: Factors, scaling: float, dropout: float = 0.0) -> None:
         """Args: core: M (r, r). factors: `left` L (m, r) and `right` R (r, n). scaling: s. dropout: on the input."""
+        require_fit("LoTR", L=(factors["left"], "mr"), M=(core, "rr"), R=(factors["right"], "rn"))
         super().__init__((factors["left"].shape[0], factors["right"].shape[1]), scaling, dropout)
         self.core = nn.Parameter(core)
         self.left, self.right = factors["left"], factors["right"]
@@ -169,6 +170,10 @@ class LoRTA(CrossLayer):
             scaling: s.
             dropout: on the input while training, in [0, 1).
         """
+        axes = {"a": "nr", "b": "mr", "c_heads": "hr", "c_layer": "rl", "c_projection": "rp"}
+        require_fit("LoRTA", **{name: (factors[name], own) for name, own in axes.items()})
+        if not (0 <= place[0] < factors["c_layer"].shape[1] and 0 <= place[1] < factors["c_projection"].shape[1]):
+            raise AdapterError(f"LoRTA factors do not fit: there is no layer and projection {place}.")
         super().__init__((factors["c_heads"].shape[0] * factors["b"].shape[0], factors["a"].shape[0]), scaling, dropout)
         self.place = place
         self.a, self.b, self.c_heads = factors["a"], factors["b"], factors["c_heads"]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowrank.adapter_options import VeRAOptions, options_of
-from lowrank.adapters.base import Adapter, Export, Layer
+from lowrank.adapters.base import Adapter, Export, Layer, require_fit
 from lowrank.adapters.settings import common_rank, dropout_of, shapes_from
 from lowrank.config import AdapterConfig
 from lowrank.errors import AdapterError
@@ -63,6 +63,8 @@ class VeRA(Adapter):
         Raises:
             AdapterError: the projections are too small, or of another rank.
         """
+        require_fit("VeRA", b=(b, "m"), d=(d, "r"))
+        require_fit("VeRA", A=(projections.a, "rn"), B=(projections.b, "mr"))
         if projections.a.shape[1] < n or projections.b.shape[0] < len(b) or projections.b.shape[1] != len(d):
             raise AdapterError(
                 f"VeRA projections A {tuple(projections.a.shape)} and B {tuple(projections.b.shape)} do not fit a "
