@@ -23,6 +23,7 @@ ROOT = Path(__file__).parent.parent
 JOBS = {
     "leases": ["tests/pipelines/test_lease_interleavings.py"],
     "bits": ["tests/pipelines/test_maintenance.py"],
+    "readers": ["tests/test_fuzz_readers.py"],
     "training": ["tests/cluster/test_training_faults.py"],
     "stages": ["tests/pipelines/test_killed_drivers.py", "-k", "not moments"],
     "moments": ["tests/pipelines/test_killed_drivers.py", "-k", "moments"],

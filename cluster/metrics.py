@@ -58,7 +58,7 @@ def parse_line(text: str) -> dict[str, Any] | None:
 def all_lines(root: Path) -> list[dict[str, Any]]:
     """Every whole line, superseded ones included."""
     path = root / METRICS_FILE
-    texts = path.read_text().splitlines() if path.is_file() else []
+    texts = path.read_text(errors="replace").splitlines() if path.is_file() else []
     return [line for line in map(parse_line, texts) if line is not None]
 
 

@@ -206,7 +206,7 @@ def _field(handle: BinaryIO) -> tuple[str, Any]:
 def _gguf_tensor(handle: BinaryIO) -> TensorHeader:
     name = _string(handle)
     (dimensions,) = _unpack(handle, "I")
-    if dimensions > _MOST_GGUF_DIMENSIONS:
+    if not 1 <= dimensions <= _MOST_GGUF_DIMENSIONS:
         raise ValueError(f"tensor {shown(name)} has {dimensions} dimensions")
     shape = tuple(int(size) for size in reversed(_unpack(handle, "Q" * dimensions)))
     _kind, offset = _unpack(handle, "IQ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ def parse_json(text: str | bytes) -> Any:
     """The value of a JSON text.
 
     Raises:
-        ValueError: it is no JSON in UTF-8, or nested deeper than 64 levels.
+        ValueError: it is no JSON in UTF-8, has a key twice, or is nested deeper than 64 levels.
     """
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_once)
     except RecursionError:
         raise ValueError(f"nested deeper than {_DEEPEST} levels") from None
     level = [value]
@@ -33,6 +34,15 @@ def parse_json(text: str | bytes) -> Any:
         if not level:
             return value
     raise ValueError(f"nested deeper than {_DEEPEST} levels")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of equal keys one reader would take the first, another the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {shown(key)} stands twice")
+    return found
 
 
 def read_json(path: Path) -> Any:
