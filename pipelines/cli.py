@@ -64,6 +64,7 @@ def _add_pipeline_commands(commands: argparse._SubParsersAction[argparse.Argumen
         command.add_argument("--store", help="directory of the store (store.path)")
         if name == "plan":
             command.add_argument("--schema", action="store_true", help="print the JSON schema of a pipeline YAML")
+            _add_scale(command)
         if name == "run":
             command.add_argument("--address", help="a running Ray cluster, HOST:PORT (cluster.address)")
             command.add_argument("--quiet", action="store_true", help="no progress")
@@ -76,6 +77,19 @@ def _add_pipeline_commands(commands: argparse._SubParsersAction[argparse.Argumen
             way.add_argument("--status", action="store_true", help="show this run's submissions, submit nothing")
             way.add_argument("--logs", action="store_true", help="print what the newest submission has printed")
             way.add_argument("--cancel", action="store_true", help="stop the live submission; what is committed stays")
+
+
+def _add_scale(command: argparse.ArgumentParser) -> None:
+    """What `plan` needs to know for a model and a cluster that are not there."""
+    scale = command.add_argument_group("on paper", "memory, bytes and time from a model's config.json, without weights")
+    scale.add_argument("--model-config", metavar="JSON", help="config.json of a Hugging Face model")
+    scale.add_argument("--nodes", type=int, default=1, metavar="N", help="machines (default: 1)")
+    scale.add_argument("--gpus-per-node", type=int, metavar="G", help="0 trains on cores (default: 8, or 0 for cpu)")
+    scale.add_argument("--device", default="h100", help="h100, h200, a100, l40s, cpu, or a file of figures (h100)")
+    scale.add_argument("--gpu-memory", type=float, metavar="GIB", help="of one GPU (default: the device's)")
+    scale.add_argument("--train-rows", type=int, metavar="ROWS", help="training rows (default: 10000)")
+    scale.add_argument("--heldout-rows", type=int, metavar="ROWS", help="held-out rows (default: 1000)")
+    scale.add_argument("--tokens-per-row", type=float, metavar="T", help="tokens of a row (default: data.max_length)")
 
 
 def _add_store_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -33,8 +33,10 @@ def plan(arguments: Namespace) -> int:
     if arguments.schema:
         _json(json_schema())
         return DONE
+    if arguments.model_config:
+        return _plan_scale(arguments)
     if not arguments.pipeline:
-        raise ConfigError("plan: give a pipeline YAML (or --schema).")
+        raise ConfigError("plan: give a pipeline YAML (or --schema, or --model-config).")
     config = _load(arguments)
     result = preflight.plan(config)
     errors = result.pop("refusal_errors")
@@ -45,6 +47,25 @@ def plan(arguments: Namespace) -> int:
         result["refusals"] = [str(error) for error in errors]
     _json(result) if arguments.json else show.plan(result)
     return exit_code(errors[0]) if errors else DONE
+
+
+def _plan_scale(arguments: Namespace) -> int:
+    """`rankline plan --model-config`: exit 0 also where a rank does not fit; that is what was asked."""
+    from pipelines import scale, scale_view
+
+    config = _load(arguments) if arguments.pipeline else None
+    gpus = arguments.gpus_per_node
+    result = scale.plan_from_files(
+        config,
+        Path(arguments.model_config).expanduser(),
+        nodes=arguments.nodes,
+        gpus_per_node=(0 if arguments.device == "cpu" else 8) if gpus is None else gpus,
+        device=arguments.device,
+        gpu_memory_gib=arguments.gpu_memory,
+        rows=scale.rows_of(config, arguments.train_rows, arguments.heldout_rows, arguments.tokens_per_row),
+    )
+    _json(result) if arguments.json else scale_view.show(result)
+    return DONE
 
 
 def run(arguments: Namespace) -> int:
