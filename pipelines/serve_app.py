@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cluster.serving.auth import check_exposure, ensure_token
+from cluster.serving.auth import check_exposure, ensure_token, is_loopback
 from cluster.serving.deploy import ROUTE_PREFIX, application, deployment_options
 from pipelines.artifacts import Store
 from pipelines.config import PipelineConfig, parse, read_yaml
@@ -83,7 +83,8 @@ def serve_yaml(root: Path, name: str) -> str:
     config, _, registered = finished_run(Store(root), name)
     options = deployment_options(config.serve)
     written = {
-        "proxy_location": "HeadOnly",
+        # Reached from outside by KubeRay's service, which sends requests to the workers too.
+        "proxy_location": "HeadOnly" if is_loopback(config.serve.host) else "EveryNode",
         "http_options": {"host": config.serve.host, "port": config.serve.port},
         "applications": [
             {

@@ -74,3 +74,10 @@ def test_the_file_fits_serves_schema_and_scales(whole_line: Any) -> None:
     assert "token" not in text.lower()
     with pytest.raises(ConfigError, match="no finished run of that name"):
         serve_yaml(store, "nobody")
+
+
+def test_every_node_with_replicas_has_a_proxy_where_others_reach_it(whole_line: Any, tmp_path: Path) -> None:
+    store = copy_of_run(whole_line, "reached", host="0.0.0.0", token_file=str(tmp_path / "token"))
+    written = yaml.safe_load(serve_yaml(store, "reached"))
+    assert (written["proxy_location"], written["http_options"]["host"]) == ("EveryNode", "0.0.0.0")
+    assert yaml.safe_load(serve_yaml(store, "tiny"))["proxy_location"] == "HeadOnly"
