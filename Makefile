@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help setup demo gsm8k test test-all soak lint bench bench-decompositions bench-adapters bench-serving compare clean
+.PHONY: help setup demo gsm8k test test-all soak lint bench bench-decompositions bench-adapters bench-serving bench-scale compare clean
 
 help:  ## show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -89,6 +89,9 @@ bench-adapters: $(VENV)/.bench-$(LOCK) data/gsm8k/train.jsonl  ## measure the ad
 
 bench-serving: $(VENV)/.bench-$(LOCK) $(PEERS)-serving/.installed data/gsm8k/train.jsonl  ## measure the serving engine against its peers
 	$(BIN)/python benchmarks/serving.py $(JOBS)
+
+bench-scale: $(STAMP)  ## compare plans on paper with three runs (about ten quiet minutes)
+	$(BIN)/python benchmarks/scale.py
 
 compare: $(VENV)/.bench-$(LOCK) data/reviews/train.jsonl data/gsm8k-short/train.jsonl  ## train every adapter family on one task by one recipe (about an hour)
 	$(BIN)/python benchmarks/method_comparison.py
