@@ -17,17 +17,18 @@ from typing import Any
 from pipelines.errors import ConfigError
 
 GIB = 2**30
-#: Seconds that no size changes, as two quiet CPU cores take them; `benchmarks/scale.py` measures each on its own.
+#: Seconds that no size changes, as `pipelines.estimates` has them from the demo on two quiet CPU cores; rough.
+#: `benchmarks/scale.py` measures each on its own.
 FIXED_S = {
-    "start": 12.0,  # the driver's imports, a Ray head, MLflow's run
-    "shard": 7.0,  # the first task's process, its imports, a model on the meta device
-    "decompose": 2.0,  # first calls and imports of every stage's tasks, from here on
-    "quantize": 2.0,
-    "finetune": 25.0,  # Ray Data, Ray Train's group, DeepSpeed's engine
-    "evaluate": 4.0,
-    "register": 12.0,  # plots and the registry
-    "unit": 0.02,  # one commit: files synced, hashed and renamed
-    "tensor": 0.02,  # operators on a weight that is too small to matter, decompose and quantize each
+    "start": 10.0,  # the driver's imports, a Ray head, MLflow's run
+    "shard": 10.0,  # the first task's process, its imports, a model on the meta device
+    "decompose": 5.0,  # first calls and imports of every stage's tasks, from here on
+    "quantize": 5.0,
+    "finetune": 30.0,  # Ray Data, Ray Train's group, DeepSpeed's engine
+    "evaluate": 10.0,
+    "register": 5.0,  # plots and the registry
+    "unit": 0.005,  # one commit: files synced, hashed and renamed
+    "tensor": 0.0016,  # operators on a weight that is too small to matter, decompose and quantize each
     "checkpoint": 0.1,
 }
 
@@ -137,7 +138,7 @@ def _gpu(name: str, gpus_per_node: int) -> Rates:
         notes=(
             f"{name}: {flops / 1e12:.0f} TFLOP/s bf16 and {bandwidth / 1e12:.2f} TB/s by its data sheet, of which "
             f"{PRODUCT_SHARE:.0%} and {MEMORY_SHARE:.0%} are assumed to be reached",
-            f"{_HOST_CORES_PER_GPU} cores per GPU of {_CORE_FLOPS / 1e9:.0f} GFLOP/s, a disk of 2 GB/s, and a network "
+            f"{_HOST_CORES_PER_GPU} cores per GPU of {_CORE_FLOPS / 1e9:.0f} GFLOP/s, a disk of 2 GB/s, a network "
             f"of {_NETWORK / 1e9:.0f} GB/s per node, assumed",
         ),
         process_bytes=GIB,
@@ -147,11 +148,11 @@ def _gpu(name: str, gpus_per_node: int) -> Rates:
 
 #: One core and a local disk of a server of these years, as measured on two cores of an AMD EPYC.
 _CORE: dict[str, Any] = {
-    "core_bytes_per_s": 8e9,
-    "core_quantize_per_s": 250e6,
-    "core_hash_bytes_per_s": 1.5e9,
+    "core_bytes_per_s": 17e9,
+    "core_quantize_per_s": 1.3e9,
+    "core_hash_bytes_per_s": 1.7e9,
     "disk_read_bytes_per_s": 2e9,
-    "disk_write_bytes_per_s": 2e9,
+    "disk_write_bytes_per_s": 1e9,
 }
 
 
@@ -165,7 +166,7 @@ def _this_machine() -> Rates:
         device="cpu",
         rank_flops=flops,
         rank_bytes_per_s=cores * _CORE["core_bytes_per_s"],
-        rank_dequantize_per_s=cores * 400e6,
+        rank_dequantize_per_s=cores * 3e9,
         rank_op_s=1e-5,
         core_flops=flops / cores / 2,
         link_bytes_per_s=1e9,
