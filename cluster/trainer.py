@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 
 __all__ = ["TrainJob", "TrainOutcome", "check_layout", "train"]
 
+#: Of the thread that asks Ray Train; while it lives, Ray must not be shut down.
+TRAIN_THREAD = "rankline-train"
+#: How long workers that were told to stop are waited for, in seconds.
+_STOP_S = 15.0
 _POLL_S = 0.5
 #: How often Ray Train's controller looks at its workers.
 _RAY_POLL_S = 2.0
@@ -101,16 +105,18 @@ def _fit(job: TrainJob, on_progress: Callable[[dict[str, Any]], None]) -> None:
     directory.mkdir(parents=True)
     follower = Follower.at_end(job.root)
     box: list[BaseException] = []
-    thread = threading.Thread(target=_run_trainer, args=(job, launch, directory, box), daemon=True)
+    thread = threading.Thread(target=_run_trainer, args=(job, launch, directory, box), name=TRAIN_THREAD, daemon=True)
     thread.start()
     try:
         while thread.is_alive():
             thread.join(_POLL_S)
             for line in follower.new_lines():
                 on_progress(line)
-    except BaseException:
+    except BaseException as error:
         # Ctrl-C, or the caller's own error: the workers look for this file between steps.
         (directory / STOP_FILE).touch()
+        if not isinstance(error, KeyboardInterrupt):
+            thread.join(_STOP_S)
         raise
     _raise_failure(job, directory, box)
 

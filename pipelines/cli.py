@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
@@ -185,6 +186,8 @@ def entry() -> NoReturn:
         os._exit(code)
 
     signal.signal(signal.SIGINT, leave)
+    if any(thread.name == "rankline-train" for thread in threading.enumerate()):
+        leave(0, None)  # Ray's exit hook would end a process in which `cluster.trainer` still asks it, with code 1
     sys.exit(code)
 
 
