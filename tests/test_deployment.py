@@ -21,7 +21,7 @@ from jsonschema import Draft7Validator, Draft202012Validator
 from kuberay_fields import KINDS
 
 from cluster.config import ServeConfig
-from cluster.serving.deploy import deployment_options
+from cluster.serving.deploy import ROUTE_PREFIX, deployment_options
 from pipelines.cli import build_parser
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -370,6 +370,8 @@ class TestKubeRay:
         schema = ServeDeploySchema(**written)
         [application] = schema.applications
         given = build_parser().parse_args(shlex.split(manifest("RayJob")["spec"]["entrypoint"])[1:])
+        assert set(written["applications"][0]) == {"name", "route_prefix", "import_path", "args", "deployments"}
+        assert application.route_prefix == ROUTE_PREFIX
         assert written["proxy_location"] == "EveryNode"
         assert written["http_options"] == {"host": SERVED.host, "port": SERVED.port}
         assert written["applications"][0]["deployments"] == [deployment_options(SERVED)]
