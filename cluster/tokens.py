@@ -105,11 +105,15 @@ def write_tokens(mapped: pa.Table, out: Path, facts: dict[str, Any]) -> Path:
     return out / TOKENS_FILE
 
 
-def _same_lengths(table: pa.Table) -> bool:
+def _require_whole(table: pa.Table) -> None:
     import pyarrow.compute as pc
 
+    inner = [pc.list_flatten(table[name]) for name in ("input_ids", "labels", "prompt_ids")]
+    if any(column.null_count for column in (*table.columns, *inner)):
+        raise ValueError("a row holds nothing where a value must be")
     tokens, labels = (pc.list_value_length(table[name]) for name in ("input_ids", "labels"))
-    return bool(tokens.equals(labels))
+    if not tokens.equals(labels):
+        raise ValueError("a row has not as many labels as tokens")
 
 
 @dataclass(frozen=True)
@@ -133,8 +137,7 @@ class TokenTable:
             table.validate(full=True)
             if not table.schema.equals(tokens_schema()):
                 raise ValueError(f"its columns are {shown(table.schema.names)}")
-            if any(column.null_count for column in table.columns) or not _same_lengths(table):
-                raise ValueError("a row has no tokens, or not as many labels as tokens")
+            _require_whole(table)
         return cls(table)
 
     def __len__(self) -> int:

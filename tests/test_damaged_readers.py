@@ -280,8 +280,15 @@ def test_a_file_of_a_few_bytes_cannot_ask_for_all_memory(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     "changes",
-    [{"labels": None}, {"labels": [[1], None]}, {"labels": [[1], [3]]}, {"facts": b"{"}, {"facts": b"3"}],
-    ids=["a column missing", "no labels", "fewer labels", "facts cut off", "facts of a number"],
+    [
+        {"labels": None},
+        {"labels": [[1], None]},
+        {"labels": [[1], [3]]},
+        {"labels": [[1, None], [3]]},
+        {"facts": b"{"},
+        {"facts": b"3"},
+    ],
+    ids=["a column missing", "no labels", "fewer labels", "a label missing", "facts cut off", "facts of a number"],
 )
 def test_token_tables(changes: dict[str, Any], tmp_path: Path) -> None:
     assert try_reader("tokens", token_table(**changes), tmp_path) == "DamagedError"
