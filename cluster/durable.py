@@ -23,7 +23,7 @@ from typing import Any
 
 from cluster.errors import ClusterError, DamagedError
 from lowrank.errors import LowRankError
-from lowrank.reading import is_number, is_texts, parse_json, read_json
+from lowrank.reading import is_number, is_texts, parse_json, read_json, shown
 
 MANIFEST, SIDECAR = "unit.json", "sidecar.json"
 
@@ -183,6 +183,8 @@ class UnitStore:
             raise ValueError(f"{directory / MANIFEST} is damaged: its own hash does not match")
         if verify:
             for file, digest in record.files.items():
+                if not _can_be_named(file):
+                    raise ValueError(f"{directory / MANIFEST} is damaged: it names the file {shown(file)}")
                 if not (directory / file).is_file() or sha256_file(directory / file) != digest:
                     raise ValueError(f"{directory / file} is damaged: its sha256 does not match the manifest")
         return record
@@ -226,6 +228,12 @@ class UnitStore:
                     if isinstance(line, dict) and is_number(line.get("time")) and _has_texts(line, "event", "unit"):
                         lines.append(line)
         return iter(sorted(lines, key=lambda line: line["time"]))
+
+
+def _can_be_named(file: str) -> bool:
+    """Whether a file system takes the name at all."""
+    names = file.encode(errors="replace").split(b"/")
+    return len(file) < 1024 and b"\0" not in b"".join(names) and all(0 < len(name) <= 255 for name in names)
 
 
 def _has_texts(line: dict[str, Any], *names: str) -> bool:

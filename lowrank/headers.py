@@ -74,7 +74,7 @@ def safetensors_files(path: Path) -> list[Path]:
 def _indexed_files(index: Path) -> list[Path]:
     try:
         names = sorted(set(read_json(index)["weight_map"].values()))
-        if not all(isinstance(name, str) and name for name in names):
+        if not all(isinstance(name, str) and 0 < len(name.encode()) <= 255 for name in names):
             raise ValueError("weight_map must give the name of a file to every tensor")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(

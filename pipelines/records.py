@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def _fits(record: dict[str, Any]) -> bool:
         all(isinstance(record.get(name, ""), str) for name in ("name", "run_key", "status"))
         and all(record.get(name) is None or isinstance(record[name], str) for name in ("mlflow_uri", "mlflow_run_id"))
         and all(is_texts(record.get(name, {})) for name in ("keys", "manifests"))
+        and all(re.fullmatch(r"\w{1,64}", key) for key in record.get("keys", {}).values())
         and is_number(record.get("updated", 0.0))
         and isinstance(stages, dict)
         and all(_is_stage(stage) for stage in stages.values())

@@ -77,6 +77,8 @@ STORE = {
     "a manifest nested deeply": (f'manifest\n{{"config": {DEEP}, "sha256": ""}}', DAMAGED),
     "a manifest with a key twice": ('manifest\n{"stage": "a", "stage": "b"}', DAMAGED),
     "a unit whose files are a list": (of("unit", files=["a"]), READ),
+    "a unit with a long name": (of("unit", files={"x" * 300: "0" * 64}), READ),
+    "a unit with no name": (of("unit", files={"\0": "0" * 64}), READ),
     "a unit nested deeply": (f"unit\n{DEEP}", READ),
     "a sidecar without seconds": ("sidecar\n{}", READ),
     "a sidecar cut off": ('sidecar\n{"no', READ),
@@ -85,6 +87,7 @@ STORE = {
     "a ledger with an infinite integer": (of("ledger", time=10**400), READ),
     "an empty record": ("run\n{}", "ConfigError"),
     "a record whose keys are a number": (of("run", keys=3), "ConfigError"),
+    "a record with a long key": (of("run", keys={"shard": "x" * 300}), "ConfigError"),
     "a record whose stages are texts": (of("run", stages={"shard": "done"}), "ConfigError"),
     "a record that was updated at a word": (of("run", updated="now"), "ConfigError"),
     "a record with an endpoint of nothing": (of("run", endpoint={"url": 3}), "ConfigError"),
@@ -139,7 +142,9 @@ def test_headers_of_safetensors(what: str, tmp_path: Path) -> None:
         TARGETS["safetensors"].read(as_safetensors(header, bytes(size)), tmp_path)
 
 
-@pytest.mark.parametrize("weight_map", ['{"a": 3}', '{"a": ["b"]}', "[]", "3", '{"a": ""}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "weight_map", ['{"a": 3}', '{"a": ["b"]}', "[]", "3", '{"a": ""}', f'{{"a": "{"x" * 300}"}}', "[" * 100_000]
+)
 def test_indexes_of_safetensors(weight_map: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a safetensors index"):
         TARGETS["safetensors"].read(f'{{"weight_map": {weight_map}}}'.encode(), tmp_path)
