@@ -16,7 +16,7 @@ from lowrank.reading import is_number, shown
 
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 #: Bounds of what is believed: ranks, sizes of a layer, characters of a name or pattern, regular expressions, modules.
-_MOST_RANK, _MOST_SIZE, MOST_NAME, _MOST_REGEX, _MOST_SAVED = 2**16, 2**31, 512, 64, 1024
+_MOST_RANK, _MOST_SIZE, MOST_NAME, _MOST_REGEX, _MOST_SAVED = 2**16, 2**31, 512, 64, 256
 #: A key that is no more than a module's name, or the end of one.
 _NAME = re.compile(r"[\w.-]+", re.ASCII)
 
