@@ -23,7 +23,9 @@ MODELS = [f"m{number}" for number in range(400)]
 def test_each_adapter_has_its_replica_and_keeps_it_when_others_come_or_go() -> None:
     four = dict.fromkeys("abcd", 0)
     first = {model: preferred(model, four)[0] for model in MODELS}
-    assert min(Counter(first.values()).values()) > 60, "shared out evenly"
+    shares = Counter(first.values())
+    assert set(shares) == set("abcd")
+    assert min(shares.values()) > 60, "shared out evenly"
     assert {model: preferred(f"{model}@champion", four)[0] for model in MODELS} == first
     assert {model: preferred(f"{model}%3A3", four)[0] for model in MODELS} == first
     three = dict.fromkeys("abc", 0)
