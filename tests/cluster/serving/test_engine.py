@@ -11,7 +11,7 @@ import torch
 
 from cluster.serving.decoding import Detokenizer, Sampler, Sampling, StopFilter
 from cluster.serving.engine import Engine
-from cluster.serving.slots import BusyError, Job, Piece
+from cluster.serving.slots import BusyError, Job, Line, Piece, Slot
 from cluster.serving.steps import SingleSteps
 from lowrank.inject import set_active
 
@@ -139,6 +139,23 @@ def test_free_slots_go_to_the_adapter_that_has_the_fewest(adapted: Any, tokenize
         time.sleep(0.01)
     engine.close()
     assert answered == ["d", "e", "a", "b", "c"]
+
+
+def test_one_model_takes_at_most_half_of_the_line(tokenizer: Any) -> None:
+    line: Line[Slot] = Line(max_concurrent=2, max_waiting=4)
+
+    def asked(adapter: str | None, many: int = 1) -> list[Slot]:
+        return [Slot(Job(adapter, PROMPT, 1), lambda _: None, tokenizer, number) for number in range(many)]
+
+    line.join(asked("one", 3))
+    with pytest.raises(BusyError, match="3 requests of this model are there"):
+        line.join(asked("one", 2))
+    line.join(asked("one"))
+    with pytest.raises(BusyError, match="half of them for one model"):
+        line.join(asked("one"))
+    line.join(asked("two", 2))
+    assert line.live == (0, 6), "what was refused is not there"
+    assert [slot.job.adapter for slot in line.admit()] == ["one", "two"]
 
 
 def test_cancel_ends_early(engine: Engine) -> None:
