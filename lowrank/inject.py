@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
-from weakref import WeakSet
+from weakref import ref
 
 from torch import Tensor, nn
 
@@ -27,7 +27,7 @@ class AdaptedLinear(nn.Module):
         self._kept: Tensor | None = None
         self._ready: dict[str, Ready] = {}
         self._mixed: MixedLayers | None = None
-        self.mixers: WeakSet[MixedLayers] = WeakSet()
+        self.mixers: list[ref[MixedLayers]] = []
 
     def forward(self, x: Tensor) -> Tensor:
         """y (..., m) for x (..., n); what the base says where the active adapter does not change this layer."""
@@ -51,8 +51,9 @@ class AdaptedLinear(nn.Module):
         self._forget(name)
 
     def _forget(self, name: str) -> None:
-        for mixer in list(self.mixers):
-            mixer.forget(name)
+        for held in self.mixers:
+            if (mixer := held()) is not None:
+                mixer.forget(name)
 
     def remove(self, name: str) -> Adapter:
         """Give an adapter away that nobody uses."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from typing import Protocol
-from weakref import WeakSet
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -105,21 +105,22 @@ def _pair_of(adapter: Adapter) -> tuple[Tensor, Tensor] | None:
     """A (r, n) and Bᵀ (r, m) of an adapter whose change is B A at few more numbers than its own, or None."""
     if 0 in adapter.shape:  # PEFT's VeRA, which learns n from its first input
         return None
-    form = adapter.low_rank() if adapter.export == "exact" else None
-    if form is not None and (form[0].shape[1] != len(form[1]) or (len(form[0]), form[1].shape[1]) != adapter.shape):
-        shapes = [tuple(part.shape) for part in form]
-        raise AdapterError(f"its low-rank form is {shapes}, of a change of shape {adapter.shape}.")
-    own = sum(tensor.numel() for tensor in adapter.numbers())
-    if form is None or len(form[1]) > _MOST_RANKS or sum(p.numel() for p in form) > _MOST_NUMBERS * own:
+    pair = adapter.pair() if adapter.export == "exact" else None
+    if pair is None:
         return None
-    return form[1].detach().contiguous(), form[0].detach().T.contiguous()
+    (r, n), (ranks, m) = pair[0].shape, pair[1].shape
+    if r != ranks or (m, n) != adapter.shape:
+        raise AdapterError(f"its low-rank form is {[(m, ranks), (r, n)]}, of a change of shape {adapter.shape}.")
+    if r > _MOST_RANKS or r * (m + n) > _MOST_NUMBERS * sum(tensor.numel() for tensor in adapter.numbers()):
+        return None
+    return pair
 
 
 class Mixable(Protocol):
     """A layer with adapters by name."""
 
     base: nn.Module
-    mixers: WeakSet[MixedLayers]
+    mixers: list[ref[MixedLayers]]
     """Told when an adapter goes."""
 
     def ready(self, name: str) -> Ready | None:
@@ -136,7 +137,7 @@ class MixedLayers:
         self._width = sum(sizes)
         self._layers = [(layer, own) for layer, own in zip(layers, columns, strict=True) if layer is not None]
         for layer, _ in self._layers:
-            layer.mixers.add(self)
+            layer.mixers = [held for held in layer.mixers if held() is not None] + [ref(self)]
         self._known: dict[str, _Known] = {}
         self._made: tuple[Mix, _Made] | None = None
 

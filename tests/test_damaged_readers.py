@@ -250,7 +250,7 @@ LONG = tensor_of("lora_A.weight", "a" * 600)
 TENSORS: dict[str, tuple[str, dict[str, torch.Tensor], dict[str, Any], str]] = {
     "rank 0": ("lora", {A: torch.ones(0, 18), B: torch.ones(12, 0)}, {}, "ZeroDivisionError"),
     "numbers that fp32 does not hold": ("lora", {A: torch.full((2, 18), 1e300, dtype=torch.float64)}, {}, "infinity"),
-    "complex numbers": ("lora", {A: torch.ones(2, 18, dtype=torch.complex64)}, {}, "complex64; allowed"),
+    "complex numbers": ("lora", {A: torch.ones(2, 18, dtype=torch.complex64)}, {}, "holds C64; allowed"),
     "a name of 600 characters": ("lora", {LONG: torch.ones(2, 18)}, {}, "at most 512 characters"),
     "magnitudes of another layer": ("dora", {tensor_of("lora_magnitude_vector"): torch.ones(3)}, {}, "DoRA factors"),
     "a triple that does not fit": ("polar", {tensor_of("polar_theta"): torch.ones(3, 3)}, {}, "PoLAR factors"),

@@ -67,9 +67,11 @@ class Adapter(nn.Module, ABC):
     def __init__(self, shape: tuple[int, int], scaling: float, dropout: float = 0.0) -> None:
         """Args: shape: (m, n). scaling: s. dropout: on the input while training, in [0, 1)."""
         super().__init__()
-        self.shape = shape
-        self.scaling = scaling
-        self.dropout = dropout
+        self.shape: tuple[int, int]
+        self.scaling: float
+        self.dropout: float
+        # What a module does with an attribute takes as long as the rest of a layer of a loaded adapter.
+        self.__dict__.update(shape=shape, scaling=scaling, dropout=dropout)
 
     @property
     @abstractmethod
@@ -113,6 +115,11 @@ class Adapter(nn.Module, ABC):
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
         """left (m, R) and right (R, n) with left @ right = ΔW exactly, s included; None where R would be min(m, n)."""
         return None
+
+    def pair(self) -> tuple[Tensor, Tensor] | None:
+        """A (R, n) and Bᵀ (R, m) of `low_rank`, both contiguous and detached, s included; for inference."""
+        form = self.low_rank()
+        return None if form is None else (form[1].detach().contiguous(), form[0].detach().T.contiguous())
 
     def gain_and_low_rank(self, base: nn.Module) -> tuple[Tensor, Tensor, Tensor] | None:
         """g (m,), left (m, R), right (R, n) with W + ΔW = diag(g)·W + left @ right over a frozen `base`, or None.
@@ -266,7 +273,7 @@ def check_finite(layers: Mapping[str, Mapping[str, Tensor]]) -> None:
         AdapterError: a tensor holds NaN or infinity.
     """
     named = [
-        (f"{layer}.{name}", tensor if tensor.dtype.itemsize > 1 else tensor.float())
+        (f"{layer}.{name}".removeprefix("."), tensor if tensor.dtype.itemsize > 1 else tensor.float())
         for layer, tensors in layers.items()
         for name, tensor in tensors.items()
         if tensor.is_floating_point() and tensor.numel()

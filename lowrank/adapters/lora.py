@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -61,6 +62,12 @@ class LoRA(Adapter):
     def low_rank(self) -> tuple[Tensor, Tensor]:
         """(s·B, A)."""
         return self.scaling * self.lora_b, self.lora_a
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """(A, s·Bᵀ), scaled while it is turned."""
+        b = self.lora_b.detach()
+        turned = torch.mul(b.T, self.scaling, out=b.new_empty(b.shape[::-1]))
+        return self.lora_a.detach().contiguous(), turned
 
     def tensors(self) -> dict[str, Tensor]:
         """A and B by PEFT's names."""

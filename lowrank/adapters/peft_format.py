@@ -7,6 +7,7 @@ hash, shapes, options) stands under `rankline`.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from itertools import islice
@@ -22,6 +23,7 @@ from lowrank.adapters.registry import FAMILIES, family_of
 from lowrank.config import AdapterConfig
 from lowrank.errors import AdapterError
 from lowrank.reading import read_json, shown
+from lowrank.tensor_file import load_tensors
 
 _PREFIX = "base_model.model."
 _SHARED = "base_model."
@@ -29,8 +31,6 @@ _SHARED = "base_model."
 _BASE_KEYS = {"base_sha256": "weights of sha256", "split_key": "the split", "base": "a base of kind"}
 #: What tensors and numbers that do not fit each other lead a family to.
 _STRANGE = (AdapterError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
-_DTYPES = (*_FLOATS, torch.int64, torch.int32)
 _MOST_SCALING, _MOST_SHOWN = 1e30, 8
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -163,7 +163,6 @@ def load_adapter(directory: Path, base: Mapping[str, Any] | None = None) -> dict
     tensors = _read_tensors(directory)
     whole = {f"{_PREFIX}{module}.{name}" for module, named in _whole(tensors, config).items() for name in named}
     layers, shared = _by_module({key: t for key, t in tensors.items() if key not in whole}, family.prefix)
-    _require_finite(directory, {**layers, "shared": shared})
     try:
         config = resolved(config, layers)
         made = dict(family.load_all(layers, shared, config))
@@ -211,7 +210,6 @@ def load_saved_modules(directory: Path) -> dict[str, dict[str, Tensor]]:
     """
     config = read_config(directory)
     found = _whole(_read_tensors(directory), config)
-    _require_finite(directory, found)
     for pattern in config.get("modules_to_save") or ():
         if not any(module.endswith(pattern) for module in found):
             raise AdapterError(
@@ -229,22 +227,35 @@ def _require_finite(directory: Path, layers: Mapping[str, Mapping[str, Tensor]])
 
 
 def _read_tensors(directory: Path) -> dict[str, Tensor]:
+    """Every tensor of a file, all of them finite."""
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     try:
-        tensors = dict(load_file(directory / WEIGHTS))
-    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        tensors, flats = load_tensors(directory / WEIGHTS)
+    except (OSError, SafetensorError, LookupError, RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise AdapterError(f"load adapter {directory}: {WEIGHTS} is missing or damaged ({error}).") from error
-    for name, tensor in tensors.items():
-        if len(name) > MOST_NAME or tensor.dtype not in _DTYPES:
-            allowed = ", ".join(str(dtype) for dtype in _DTYPES)
+    for name in tensors:
+        if len(name) > MOST_NAME:
             raise AdapterError(
-                f"load adapter {directory}: {WEIGHTS} has the tensor {shown(name)} of {tensor.dtype}; allowed are "
-                f"names of at most {MOST_NAME} characters and {allowed}. Save it again."
+                f"load adapter {directory}: {WEIGHTS} has the tensor {shown(name)}; allowed are names of at most "
+                f"{MOST_NAME} characters. Save it again."
             )
     # What is too large for the factors' own fp32 is infinite from here on.
-    return {name: tensor.float() if tensor.dtype is torch.float64 else tensor for name, tensor in tensors.items()}
+    if any(flat.dtype is torch.float64 for flat in flats):
+        tensors = {
+            name: tensor.float() if tensor.dtype is torch.float64 else tensor for name, tensor in tensors.items()
+        }
+    if not all(_is_finite(flat) for flat in flats):
+        _require_finite(directory, {"": tensors})
+    return tensors
+
+
+def _is_finite(flat: Tensor) -> bool:
+    if not flat.is_floating_point() or not flat.numel():
+        return True
+    # NumPy stays on this thread: of torch all cores would leave what else they are at, a server's decoding.
+    numbers = (flat if flat.dtype in (torch.float32, torch.float16) else flat.float()).numpy()
+    return math.isfinite(numbers.min()) and math.isfinite(numbers.max())
 
 
 def _whole(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
