@@ -306,6 +306,7 @@ class Line:
             "stages": {record.name: shown(record) for record in self.records},
             "mlflow_uri": self.tracker.uri if self.tracker else before.get("mlflow_uri"),
             "mlflow_run_id": self.tracker.parent if self.tracker else before.get("mlflow_run_id"),
+            "report_key": before.get("report_key"),
             "updated": time.time(),
         }
         with self.held.fenced():
@@ -328,13 +329,25 @@ class Line:
         )
         result.summary.update(summarise(result))
         write_json(self.directory / "summary.json", result.summary)
-        write_report(self.directory / "report.html", self.config, result.summary, self._artifacts())
-        for file in ("report.html", "summary.json", "pipeline.yaml"):
+        report, report_key = self.directory / "report.html", self._report_key(result)
+        if read_record(self.directory).get("report_key") != report_key or not report.is_file():
+            write_report(report, self.config, result.summary, self._artifacts())  # seconds, for its pictures
+            self.tracker.log_artifacts(report, run_id=self.tracker.parent)
+        for file in ("summary.json", "pipeline.yaml"):
             self.tracker.log_artifacts(self.directory / file, run_id=self.tracker.parent)
         self.tracker.log(headline(result.summary))
-        self._write_record("FINISHED", endpoint=endpoint)
+        self._write_record("FINISHED", endpoint=endpoint, report_key=report_key)
         self.tracker.end("FINISHED")
         return result
+
+    def _report_key(self, result: RunResult) -> str:
+        """The same for two reports that differ in their times alone."""
+        from cluster.node_check import versions
+
+        endpoint = {k: v for k, v in (result.endpoint or {}).items() if k not in ("cached", "seconds")}
+        stages = {record.name: (record.manifest_sha256, record.seconds) for record in result.stages}
+        facts = [to_dict(self.config), stages, endpoint, result.mlflow_uri, result.mlflow_run_id, versions()]
+        return sha256_bytes(canonical(facts))
 
     def _artifacts(self) -> dict[str, Path]:
         return {name: self.store.artifact(name, key) for name, key in self.keys.items()}

@@ -87,6 +87,21 @@ def test_a_second_run_finds_everything_done(whole_line: Any) -> None:
     assert again.mlflow_run_id == whole_line.result.mlflow_run_id
 
 
+def test_a_report_is_drawn_again_when_it_would_say_something_else(whole_line: Any) -> None:
+    config = whole_line.config
+    page = store_of(config).run_dir(config.name) / "report.html"
+    run(config, quiet=True)
+    drawn = page.stat().st_mtime_ns
+    run(config, quiet=True)
+    assert page.stat().st_mtime_ns == drawn
+    page.unlink()
+    run(config, quiet=True)
+    assert page.stat().st_mtime_ns > drawn
+    drawn = page.stat().st_mtime_ns
+    run(with_changes(config, cluster={"max_in_flight": 3}), quiet=True)  # the page shows the configuration
+    assert page.stat().st_mtime_ns > drawn
+
+
 def test_a_driver_that_died_between_a_manifest_and_its_sidecar_is_followed(whole_line: Any) -> None:
     sidecar = stage_units(whole_line.config, "decompose").root / "sidecar.json"
     before = json.loads(sidecar.read_text())
