@@ -28,8 +28,9 @@ def measure(root: Path) -> dict[str, float]:
         clock.lap()
         for name, first in (("shard", _first_meta), ("decompose", _first_fit), ("quantize", _first_split)):
             with tracker.stage(name, "0" * 20, {}):
-                # shard's `meta` is one task; the others start one in every worker
-                items = [source.shards / "units" / "meta"] * (1 if name == "shard" else 2)
+                items = [source.shards / "units" / "meta"] * 2
+                if name == "shard":  # `meta` is one task, and the shards wait for it
+                    run_units(first, items[:1], on_done=_nothing)
                 run_units(first, items, on_done=_nothing)
             found[name] = clock.lap()
         with tracker.stage("finetune", "0" * 20, {}):
@@ -39,6 +40,7 @@ def measure(root: Path) -> dict[str, float]:
         tokens = make_tokens(root / "rows", source.shards / "units" / "meta", 4)
         clock.lap()
         with tracker.stage("evaluate", "0" * 20, {}):
+            _tokenise(root / "heldout", source.shards / "units" / "meta")
             run_units(_first_score, [(source, tokens)] * 2, on_done=_nothing)
         found["evaluate"] = clock.lap()
         with tracker.stage("register", "0" * 20, {}):
@@ -110,9 +112,9 @@ def _tokenise(root: Path, tokenizer: Path) -> None:
     from cluster.config import DataConfig
     from cluster.data import prepare_tokens
 
-    file = str(write_jsonl(root / "four.jsonl", arithmetic_rows(4)))
     out = root / "four"
-    out.mkdir()
+    out.mkdir(parents=True)
+    file = str(write_jsonl(root / "four.jsonl", arithmetic_rows(4)))
     prepare_tokens(file, tokenizer, DataConfig(train=file, heldout=file), out, use_ray=True)
 
 
