@@ -159,6 +159,22 @@ class LeaseDatabase:
                 row = self._row(connection, run) if known else None
         return None if row is None or row["left_s"] <= 0 or _died_here(row) else row
 
+    def holders(self, start: str) -> list[dict[str, Any]]:
+        """Who holds runs whose names begin so; as `holder`, with `run`.
+
+        Raises:
+            LeaseError: the database does not answer.
+        """
+        import sqlalchemy as sa
+
+        table = self.table
+        with self.telling(f"look who is at runs of {start}"), self.engine.connect() as connection:
+            if not sa.inspect(connection).has_table(table.name):
+                return []
+            chosen = sa.select(table, (table.c.expires - self.now).label("left_s"))
+            found = connection.execute(chosen.where(table.c.run.startswith(start, autoescape=True))).mappings().all()
+        return [dict(row) for row in found if row["left_s"] > 0 and not _died_here(dict(row))]
+
     def _row(self, connection: Connection, run: str) -> dict[str, Any] | None:
         import sqlalchemy as sa
 

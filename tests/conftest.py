@@ -14,6 +14,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+# for the S3 of tests, which takes any; nobody asks the network for others
+os.environ.setdefault("AWS_ACCESS_KEY_ID", "testing")
+os.environ.setdefault("AWS_SECRET_ACCESS_KEY", "testing")
+os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 
 import torch
 
@@ -33,3 +37,12 @@ def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     finally:
         session.disconnect()
         session.stop(store)
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[Any]:
+    """An S3 server on loopback (moto's), which counts what it is asked for."""
+    from object_stores import S3Server
+
+    with S3Server() as server:
+        yield server
