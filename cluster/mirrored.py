@@ -7,7 +7,7 @@
 Below `root` each node keeps a mirror with the layout of a local store: units that it has made or read, whole and
 verified. What is committed is asked of the object store alone; a mirror may be empty, or gone. A store has no rename
 and no O_EXCL, so of two processes that make a unit at the same moment the last PUT counts, and its payload is whole;
-one that comes later sees the first. Cost of a unit: two HEADs, a PUT per file, one for its commit, one for the ledger.
+one that comes later sees the first. Cost of a unit: two looks, a PUT per file, one for its commit, one for the ledger.
 """
 
 from __future__ import annotations
@@ -37,15 +37,13 @@ from cluster.durable import (
     write_json,
 )
 from cluster.errors import DamagedError
-from cluster.objects import Mirror
+from cluster.objects import AGAIN, Mirror
 from lowrank.reading import parse_json, read_json, shown
 
 #: An object of the ledger grows no further than this.
 _BATCH_BYTES = 64 * 1024
 #: Requests at a time where many small objects are read.
 _AT_ONCE = 16
-
-
 #: Which batch each ledger of this process has come to.
 _newest_batch: dict[tuple[Path, str], int] = {}
 
@@ -126,8 +124,12 @@ class MirroredUnits(UnitStore):
         return parse_record(directory / MANIFEST, partial(read_json, directory / MANIFEST))
 
     def _keep(self, whole: Path, unit: str) -> None:
-        """Put a whole directory in the place of what the mirror has of a unit."""
-        self.local.discard(unit)
+        """Put a whole directory in the place of what the mirror has of a unit, unless that is equal: it may be read."""
+        if self.local.is_committed(unit):
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                if self.local.read(unit).sha256 == self.local_record(whole).sha256:
+                    return
+            self.local.discard(unit)
         self.local.path(unit).parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):  # another process of this node was first
             try:
@@ -142,7 +144,7 @@ class MirroredUnits(UnitStore):
         path = self.commit_path(unit)
         data = None if fresh or not path.is_file() else path.read_bytes()
         if data is None:
-            data = self.mirror.get(path)
+            data = self.mirror.get(path, written_once=True)
             write_atomic(path, data)
         sidecar: list[Any] = []
 
@@ -179,8 +181,9 @@ class MirroredUnits(UnitStore):
             StorageError: the store refuses. FileNotFoundError: a unit is not committed.
         """
         missing = [unit for unit in units if not self.commit_path(unit).is_file()]
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            list(pool.map(partial(self._commit_object, fresh=True), missing))
+        if missing:
+            with ThreadPoolExecutor(_AT_ONCE) as pool:
+                list(pool.map(partial(self._commit_object, fresh=True), missing))
 
     def sidecar(self, unit: str) -> dict[str, Any]:
         """Who made the unit, where, and at what cost."""
@@ -233,31 +236,28 @@ class MirroredUnits(UnitStore):
         """
         files = self._sound(unit, fresh=False).files
         if name not in files:
-            raise DamagedError(f"read {self.where(unit)}: it has no file {shown(name)}. {_AGAIN}")
+            raise DamagedError(f"read {self.where(unit)}: it has no file {shown(name)}. {AGAIN}")
         return self.payload(unit, files[name])
 
     def _sound(self, unit: str, fresh: bool = True) -> UnitRecord:
         try:
             record = self._commit_object(unit, fresh)[0]
         except FileNotFoundError as error:
-            raise DamagedError(f"read {self.where(unit)}: it is not there. {_AGAIN}") from error
+            raise DamagedError(f"read {self.where(unit)}: it is not there. {AGAIN}") from error
         except ValueError as error:
-            raise DamagedError(f"read {self.where(unit)}: {error}. {_AGAIN}") from error
+            raise DamagedError(f"read {self.where(unit)}: {error}. {AGAIN}") from error
         for file, digest in record.files.items():
             inside = can_be_named(file) and not {"..", "/"} & set(PurePosixPath(file).parts)
             if not inside or not can_be_named(digest) or "/" in digest or digest.startswith("."):
-                raise DamagedError(f"read {self.where(unit)}: it names the file {shown(file)}. {_AGAIN}")
+                raise DamagedError(f"read {self.where(unit)}: it names the file {shown(file)}. {AGAIN}")
         return record
 
     def _pull(self, unit: str, digest: str, target: Path) -> None:
         payload = self.payload(unit, digest)
         try:
-            found = self.mirror.pull(payload, target)
+            self.mirror.pull(payload, target, digest)
         except FileNotFoundError as error:
-            raise DamagedError(f"read {self.mirror.url(payload)}: it is not there. {_AGAIN}") from error
-        if found != digest:
-            target.unlink()
-            raise DamagedError(f"{self.mirror.url(payload)} is damaged: its sha256 does not match. {_AGAIN}")
+            raise DamagedError(f"read {self.mirror.url(payload)}: it is not there. {AGAIN}") from error
 
     def hash_again(self, unit: str) -> list[int]:
         """Sizes of a unit's files, hashed as they lie in the object store.
@@ -274,7 +274,7 @@ class MirroredUnits(UnitStore):
                     raise ValueError(f"{where} is damaged: its sha256 does not match")
                 sizes.append(size)
         except DamagedError as error:
-            raise ValueError(str(error).removesuffix(f" {_AGAIN}")) from error
+            raise ValueError(str(error).removesuffix(f" {AGAIN}")) from error
         except FileNotFoundError as error:
             raise ValueError(f"{error.filename} is missing") from error
         return sizes
@@ -358,9 +358,6 @@ class MirroredUnits(UnitStore):
         for file in sorted(directory.glob("*.jsonl")):
             if _size(file) > told.get(file.name, -1):
                 self.mirror.put(file, file)
-
-
-_AGAIN = "Delete the stage that holds it and run again: it is made anew."
 
 
 def _size(path: Path) -> int:

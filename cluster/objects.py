@@ -22,6 +22,10 @@ from typing import Any
 from cluster.errors import DamagedError, StorageError
 
 _CHUNK = 8 * 2**20
+#: How often an object is read that somebody writes over all the time.
+_READS = 10
+#: What to do about an object that is damaged.
+AGAIN = "Delete the stage that holds it and run again: it is made anew."
 #: (what a client says, what that means and what to do)
 _MEANINGS = (
     (("NO_SUCH_BUCKET", "NoSuchBucket", "bucket does not exist"),
@@ -121,15 +125,21 @@ class Mirror:
                 with source.open("rb") as handle:
                     shutil.copyfileobj(handle, sink, _CHUNK)
 
-    def get(self, path: Path) -> bytes:
+    def get(self, path: Path, written_once: bool = False) -> bytes:
         """The bytes of a small object.
+
+        The client asks for the size, then for so many bytes: of an object that is written over meanwhile it may read
+        the beginning, so that the size is asked again unless it is `written_once`.
 
         Raises:
             FileNotFoundError: there is none. StorageError: it cannot be read.
         """
-        with self._telling("read", path), self.filesystem.open_input_stream(self.key(path)) as stream:
-            data: bytes = stream.read()
-            return data
+        for _ in range(_READS):
+            with self._telling("read", path), self.filesystem.open_input_stream(self.key(path)) as stream:
+                data: bytes = stream.read()
+            if written_once or self.size(path) == len(data):
+                break
+        return data
 
     def get_range(self, path: Path, start: int, length: int) -> bytes:
         """`length` bytes of an object from `start` on, and no more over the network.
@@ -143,11 +153,11 @@ class Mirror:
             raise DamagedError(f"read {self.url(path)}: it ends before byte {start + length}.")
         return data
 
-    def pull(self, path: Path, target: Path | None = None) -> str:
-        """Bring an object into the mirror, or to `target`, under a temporary name first; its sha256.
+    def pull(self, path: Path, target: Path | None = None, sha256: str | None = None) -> None:
+        """Bring an object into the mirror, or to `target`, under a temporary name until its `sha256` is checked.
 
         Raises:
-            FileNotFoundError, StorageError: as `get`. OSError: the local disk refuses.
+            FileNotFoundError, StorageError: as `get`. DamagedError: it is not what it was. OSError: the disk refuses.
         """
         from cluster.durable import sync
 
@@ -160,11 +170,12 @@ class Mirror:
                 for chunk in self._chunks(path):
                     digest.update(chunk)
                     handle.write(chunk)
+            if sha256 is not None and digest.hexdigest() != sha256:
+                raise DamagedError(f"{self.url(path)} is damaged: its sha256 does not match. {AGAIN}")
             sync(temporary)
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
-        return digest.hexdigest()
 
     def digest(self, path: Path) -> tuple[str, int]:
         """sha256 and size of an object, read without keeping it.

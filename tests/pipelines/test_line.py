@@ -226,7 +226,12 @@ def test_base_scores_are_kept_by_what_decides_them(whole_line: Any, tmp_path: Pa
         keys = stage_keys(config, sources)
         inputs = {"quantize": store_of(config).artifact("quantize", stage_keys(whole_line.config, sources)["quantize"])}
         context: Any = SimpleNamespace(
-            config=config, sources=sources, store=stage_units(config, "evaluate"), inputs=inputs, input_keys=keys
+            config=config,
+            sources=sources,
+            store=stage_units(config, "evaluate"),
+            inputs=inputs,
+            input_keys=keys,
+            mirror=None,
         )
         return evaluate._shared(context, variant)
 

@@ -232,7 +232,7 @@ def test_a_unit_costs_as_many_requests_as_any_other(s3: Any, tmp_path: Path) -> 
         ours.commit(f"u{index}", write_text("abc"))
         costs.append(Counter(request.method for request in s3.requests[before:]))
     assert costs[1:] == [costs[1]] * 39
-    assert costs[1] == {"HEAD": 2, "PUT": 4}, "two files, the commit, the ledger"
+    assert costs[1] == {"HEAD": 2, "GET": 2, "PUT": 4}, "two looks, two files, the commit, the ledger"
 
 
 def test_what_a_store_refuses_is_told(s3: Any, tmp_path: Path) -> None:
