@@ -76,10 +76,10 @@ def test_the_bytes_are_those_of_a_local_store(finished: PipelineConfig, whole_li
 
 def test_no_credential_is_written_anywhere(finished: PipelineConfig) -> None:
     secrets = {os.environ[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
-    assert secrets == {"testing"}, "what is looked for below"
     places = [path for path in store_of(finished).root.rglob("*") if path.suffix in (".json", ".jsonl", ".yaml")]
     for path in [*places, *store_of(finished).root.parent.glob("*.log")]:
-        assert "testing" not in path.read_text(errors="replace"), path
+        text = path.read_text(errors="replace")
+        assert not any(secret in text for secret in secrets), path
 
 
 def test_another_machine_resumes_shows_and_verifies(
