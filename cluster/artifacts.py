@@ -1,4 +1,8 @@
-"""Typed readers of what `shard` and `quantize` leave on disk: any process opens them from a path."""
+"""Typed readers of what `shard` and `quantize` leave on disk: any process opens them from a path.
+
+Of an object store they bring the units that are asked for into the mirror at that path; of shards not the files, only
+the byte ranges of the rows that are read (`cluster.ranges`), because a node needs few tensors of many files.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +13,31 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.durable import reading
+from cluster.durable import UnitStore, reading, units_at
 from lowrank.reading import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from cluster.architecture import Architecture
+    from cluster.mirrored import MirroredUnits
+    from cluster.objects import Mirror
     from lowrank.blocks import TensorSlice
     from lowrank.quantization.residual import SplitWeight
 
 
 @dataclass(frozen=True)
 class ShardPiece:
-    """Rows [row_start, row_stop) of one tensor, stored under `key` in `file` (relative to the shard set)."""
+    """Rows [row_start, row_stop) of one tensor, stored under `key` in `file` (relative to the shard set).
+
+    `sha256` is that of their bytes.
+    """
 
     file: str
     key: str
     row_start: int
     row_stop: int
+    sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -47,11 +57,17 @@ class ShardSet:
     """The output of `shard`: row blocks in safetensors, an index in Parquet, config and tokenizer beside them."""
 
     path: Path
+    mirror: Mirror | None = None
 
-    @property
+    @cached_property
+    def units(self) -> UnitStore:
+        """The units it is made of."""
+        return units_at(self.path, self.mirror)
+
+    @cached_property
     def meta_dir(self) -> Path:
         """Directory with config.json and the tokenizer."""
-        return self.path / "units" / "meta"
+        return self.units.fetch("meta")
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -69,7 +85,7 @@ class ShardSet:
         """
         import pyarrow.parquet as pq
 
-        index = self.path / "units" / "index" / "index.parquet"
+        index = self.units.fetch("index") / "index.parquet"
         grouped: dict[str, list[dict[str, Any]]] = {}
         with reading(index):
             for row in pq.read_table(index).to_pylist():
@@ -84,9 +100,34 @@ class ShardSet:
         for piece in self.tensors[name].pieces:
             low, high = max(start, piece.row_start), min(stop, piece.row_stop)
             if low < high:
-                file = str(self.path / piece.file)
-                found.append(TensorSlice(file, piece.key, low - piece.row_start, high - piece.row_start))
+                file, base = str(self.path / piece.file), piece.row_start
+                rows = TensorSlice(file, piece.key, low - base, high - base)
+                found.append(rows if self.mirror is None else self._remote(rows, piece))
         return tuple(found)
+
+    def _remote(self, rows: TensorSlice, piece: ShardPiece) -> TensorSlice:
+        """Rows that are read from the object store where the mirror has not got their file."""
+        from cluster.ranges import RemoteSlice
+
+        assert self.mirror is not None
+        _, unit, name = piece.file.split("/", 2)
+        number = piece.row_stop - piece.row_start
+        if piece.file not in self._objects:
+            self._objects[piece.file] = self._units_there.object_of(unit, name)
+        file = self._objects[piece.file]
+        return RemoteSlice(rows.path, rows.key, rows.start, rows.stop, self.mirror, file, number, piece.sha256)
+
+    @cached_property
+    def _objects(self) -> dict[str, Path]:
+        """What the objects of files are mirrored by, as far as they were asked for."""
+        return {}
+
+    @property
+    def _units_there(self) -> MirroredUnits:
+        from cluster.mirrored import MirroredUnits
+
+        assert isinstance(self.units, MirroredUnits)
+        return self.units
 
     def load(self, name: str) -> Tensor:
         """A whole tensor in its stored dtype.
@@ -99,6 +140,9 @@ class ShardSet:
 
         parts = []
         for piece in self.tensors[name].pieces:
+            if self.mirror is not None and not (self.path / piece.file).is_file():
+                parts += [rows.read() for rows in self.slices(name, piece.row_start, piece.row_stop)]
+                continue
             with reading(self.path / piece.file), safe_open(self.path / piece.file, framework="pt") as handle:
                 parts.append(handle.get_tensor(piece.key))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -112,7 +156,10 @@ def _sharded(name: str, rows: list[dict[str, Any]]) -> ShardedTensor:
         shape=tuple(rows[0]["shape"]),
         transposed=bool(rows[0]["transposed"]),
         nbytes=sum(int(row["nbytes"]) for row in rows),
-        pieces=tuple(ShardPiece(row["file"], row["key"], row["row_start"], row["row_stop"]) for row in rows),
+        pieces=tuple(
+            ShardPiece(row["file"], row["key"], row["row_start"], row["row_stop"], row.get("sha256", ""))
+            for row in rows
+        ),
     )
 
 
@@ -121,6 +168,12 @@ class SplitSet:
     """The output of `quantize`: one packed residual, and the factors that were split off, per target layer."""
 
     path: Path
+    mirror: Mirror | None = None
+
+    @cached_property
+    def units(self) -> UnitStore:
+        """The units it is made of."""
+        return units_at(self.path, self.mirror)
 
     @cached_property
     def records(self) -> list[dict[str, Any]]:
@@ -131,7 +184,7 @@ class SplitSet:
         """
         import pyarrow.parquet as pq
 
-        index = self.path / "units" / "index" / "index.parquet"
+        index = self.units.fetch("index") / "index.parquet"
         with reading(index):
             rows: list[dict[str, Any]] = pq.read_table(index).to_pylist()
             if not all(isinstance(row["module"], str) for row in rows):
@@ -145,7 +198,7 @@ class SplitSet:
 
     def load(self, module: str) -> SplitWeight:
         """The split of one layer."""
-        return load_split(self.path / "units" / module)
+        return load_split(self.units.fetch(module))
 
     def items(self) -> Iterator[tuple[str, SplitWeight]]:
         """(module, split) of every target."""

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.durable import UnitStore
 from cluster.errors import DataError
 from cluster.rows import FIELDS, RowFormat, detect_format
 from cluster.sources import Source, first_row, open_source, raise_for_row, read_table
@@ -25,12 +26,14 @@ if TYPE_CHECKING:
 _BATCH_ROWS = 256
 
 
-def prepare_tokens(source: str, tokenizer_dir: Path, config: DataConfig, out: Path, *, use_ray: bool) -> dict[str, Any]:
+def prepare_tokens(
+    source: str, tokenizer_dir: Path | UnitStore, config: DataConfig, out: Path, *, use_ray: bool
+) -> dict[str, Any]:
     """Tokenise `source` into `out/tokens.parquet`.
 
     Args:
         source: JSONL (.jsonl, .json) or Parquet: a file, a directory or a glob; a path or a pyarrow.fs URI.
-        tokenizer_dir: Directory with the tokenizer.
+        tokenizer_dir: Directory with the tokenizer, or the units of `shard`, of which each node brings `meta`.
         config: Format and longest row.
         out: Directory of the result.
         use_ray: Read and tokenise with Ray Data (needs a joined cluster); else in this process. The bytes are equal.
@@ -45,7 +48,10 @@ def prepare_tokens(source: str, tokenizer_dir: Path, config: DataConfig, out: Pa
 
     where = open_source(source)
     row_format = format_of(where, config)
-    encode = EncodeBatch(str(tokenizer_dir), row_format, config.max_length)
+    if isinstance(tokenizer_dir, UnitStore):
+        encode = EncodeBatch(str(tokenizer_dir.fetch("meta")), row_format, config.max_length, tokenizer_dir)
+    else:
+        encode = EncodeBatch(str(tokenizer_dir), row_format, config.max_length)
     parts = list(_map_with_ray(where, encode) if use_ray else _map_in_process(where, encode))
     mapped = _in_file_order(where, pa.concat_tables(parts) if parts else None)
     _raise_for_problems(where, mapped, encode)

@@ -1,5 +1,7 @@
 """Durable commits on a file system: temporary name, fsync, a manifest with a sha256 per file, one atomic rename.
 
+`cluster.mirrored` has the same on an object store; `units_at` chooses, and readers ask `fetch` for a unit's directory.
+
 A *unit* is a directory that is either absent or whole. What it holds is hashed in its `unit.json`; how it came about
 (node, process, seconds, memory) lies beside it in `sidecar.json`, outside every hash. Every process that works on
 units also appends to a ledger file of its own, so that any number of nodes can tell what was started and committed
@@ -16,14 +18,17 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.errors import ClusterError, DamagedError
 from lowrank.errors import LowRankError
 from lowrank.reading import is_number, is_texts, parse_json, read_json, shown
+
+if TYPE_CHECKING:
+    from cluster.objects import Mirror
 
 MANIFEST, SIDECAR = "unit.json", "sidecar.json"
 
@@ -116,9 +121,43 @@ class UnitStore:
         """Directory of a unit, whether it is committed or not."""
         return self.root / "units" / unit
 
+    def where(self, unit: str) -> str:
+        """What messages call a unit."""
+        return str(self.path(unit))
+
     def is_committed(self, unit: str) -> bool:
         """Whether the unit is there, whole."""
         return (self.path(unit) / MANIFEST).is_file()
+
+    def committed(self, units: Iterable[str]) -> set[str]:
+        """Those of them that are there."""
+        return {unit for unit in units if self.is_committed(unit)}
+
+    def all_committed(self) -> list[str]:
+        """Every unit that is there."""
+        return sorted(path.parent.name for path in (self.root / "units").glob(f"*/{MANIFEST}"))
+
+    def fetch(self, unit: str) -> Path:
+        """The directory of a committed unit, on this machine."""
+        return self.path(unit)
+
+    def file(self, unit: str, name: str) -> Path:
+        """One file of a committed unit, on this machine."""
+        return self.path(unit) / name
+
+    def bring(self, units: Iterable[str]) -> None:
+        """Have the records of units at hand, many at a time."""
+
+    def forget(self, unit: str) -> bool:
+        """Drop a copy of the unit that may be out of date; whether there can be such a copy."""
+        return False
+
+    def publish(self, name: str) -> None:
+        """A file beside the units, such as a log, is for all nodes to see."""
+
+    def obtain(self, name: str) -> Path:
+        """A file beside the units as it was published last, on this machine; it may not be there."""
+        return self.root / name
 
     def commit(self, unit: str, write: Callable[[Path], dict[str, Any] | None]) -> UnitRecord:
         """Make a unit: `write(directory)` fills a temporary directory and returns facts; then one rename.
@@ -172,18 +211,10 @@ class UnitStore:
             FileNotFoundError: not committed. ValueError: damaged; the message names the file.
         """
         directory = self.path(unit)
-        try:
-            data = read_json(directory / MANIFEST)
-            record = UnitRecord(data["name"], data["files"], data["facts"], data["sha256"])
-            if not is_texts(record.files) or not isinstance(record.facts, dict):
-                raise ValueError("files and facts must be mappings")
-        except (KeyError, ValueError, TypeError) as error:
-            raise ValueError(f"{directory / MANIFEST} is damaged ({error})") from error
-        if _digest(record.name, record.files, record.facts) != record.sha256:
-            raise ValueError(f"{directory / MANIFEST} is damaged: its own hash does not match")
+        record = parse_record(directory / MANIFEST, lambda: read_json(directory / MANIFEST))
         if verify:
             for file, digest in record.files.items():
-                if not _can_be_named(file):
+                if not can_be_named(file):
                     raise ValueError(f"{directory / MANIFEST} is damaged: it names the file {shown(file)}")
                 if not (directory / file).is_file() or sha256_file(directory / file) != digest:
                     raise ValueError(f"{directory / file} is damaged: its sha256 does not match the manifest")
@@ -198,9 +229,7 @@ class UnitStore:
             value = read_json(self.path(unit) / SIDECAR)
         except (OSError, ValueError):
             value = {}
-        fits = isinstance(value, dict) and isinstance(value.get("node"), str)
-        fits = fits and all(is_number(value.get(name)) for name in ("seconds", "peak_rss_bytes"))
-        return value if fits else {"node": "unknown", "seconds": 0.0, "peak_rss_bytes": 0}
+        return whole_sidecar(value)
 
     def discard(self, unit: str) -> None:
         """Remove a unit that turned out to be damaged: at once, whatever holds its files open."""
@@ -215,8 +244,22 @@ class UnitStore:
         directory = self.root / "ledger"
         directory.mkdir(parents=True, exist_ok=True)
         line = {"event": event, "unit": unit, "time": time.time(), "node": node_id(), "pid": os.getpid(), **facts}
+        self._append(directory, json.dumps(line) + "\n", event)
+
+    def _append(self, directory: Path, line: str, event: str) -> None:
         with (directory / f"{socket.gethostname()}-{os.getpid()}.jsonl").open("a") as handle:
-            handle.write(json.dumps(line) + "\n")
+            handle.write(line)
+
+    def hash_again(self, unit: str) -> list[int]:
+        """Sizes of a unit's files, hashed where the store keeps them; here `read` has done that.
+
+        Raises:
+            ValueError: one is damaged or gone; the message names it.
+        """
+        return [(self.path(unit) / file).stat().st_size for file in self.read(unit).files]
+
+    def tell_ledger(self) -> None:
+        """What this node's processes have written in the ledger is for all nodes to see."""
 
     def ledger(self) -> Iterator[dict[str, Any]]:
         """Every line of every process's ledger, by time; torn lines are passed over."""
@@ -230,7 +273,41 @@ class UnitStore:
         return iter(sorted(lines, key=lambda line: line["time"]))
 
 
-def _can_be_named(file: str) -> bool:
+def units_at(root: Path, mirror: Mirror | None) -> UnitStore:
+    """The units at a directory; of an object store where it mirrors one."""
+    if mirror is None:
+        return UnitStore(root)
+    from cluster.mirrored import MirroredUnits
+
+    return MirroredUnits(root, mirror)
+
+
+def parse_record(where: Path | str, read: Callable[[], Any]) -> UnitRecord:
+    """The record of a unit out of a manifest that `read` reads.
+
+    Raises:
+        ValueError: it is damaged; the message says where it is.
+    """
+    try:
+        data = read()
+        record = UnitRecord(data["name"], data["files"], data["facts"], data["sha256"])
+        if not is_texts(record.files) or not isinstance(record.facts, dict):
+            raise ValueError("files and facts must be mappings")
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"{where} is damaged ({error})") from error
+    if _digest(record.name, record.files, record.facts) != record.sha256:
+        raise ValueError(f"{where} is damaged: its own hash does not match")
+    return record
+
+
+def whole_sidecar(value: Any) -> dict[str, Any]:
+    """A unit's sidecar, or one that knows nothing in place of a damaged one."""
+    fits = isinstance(value, dict) and isinstance(value.get("node"), str)
+    fits = fits and all(is_number(value.get(name)) for name in ("seconds", "peak_rss_bytes"))
+    return value if fits else {"node": "unknown", "seconds": 0.0, "peak_rss_bytes": 0}
+
+
+def can_be_named(file: str) -> bool:
     """Whether a file system takes the name at all."""
     names = file.encode(errors="replace").split(b"/")
     return len(file) < 1024 and b"\0" not in b"".join(names) and all(0 < len(name) <= 255 for name in names)

@@ -11,6 +11,7 @@ ClusterError
 ├── TrainError       a training worker failed for good, or the loss is no longer finite
 ├── DataError        a row without its field, an empty data set, duplicates
 ├── DamagedError     what an earlier stage left in the store is damaged
+├── StorageError     the object store refuses, or does not answer
 └── ModelError       a model that is missing, or of an architecture nobody here knows
 """
 
@@ -57,6 +58,10 @@ class DataError(ClusterError):
 
 class DamagedError(ClusterError):
     """A file that an earlier stage left in the store is damaged."""
+
+
+class StorageError(ClusterError):
+    """The object store refuses (no bucket, no permission), or does not answer."""
 
 
 class ModelError(ClusterError):

@@ -98,7 +98,7 @@ def score_with(model: PreTrainedModel, job: ScoreJob) -> list[dict[str, Any]]:
     """`score` of a model that is there already, in place of the job's variant."""
     import torch
 
-    tokenizer = load_tokenizer(job.source.shards)
+    tokenizer = load_tokenizer(job.source.shard_set)
     label_ids = [tokenizer(label, add_special_tokens=False)["input_ids"] for label in job.labels]
     rows = sorted(read_rows(job.tokens, job.start, job.stop), key=lambda row: (len(row.input_ids), row.row))
     records = []
@@ -218,7 +218,7 @@ def sample_answers(job: ScoreJob) -> list[dict[str, Any]]:
 
     torch.set_num_threads(job.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = _model(job.source, job.variant, job.dtype, device), load_tokenizer(job.source.shards)
+    model, tokenizer = _model(job.source, job.variant, job.dtype, device), load_tokenizer(job.source.shard_set)
     answers = []
     with torch.inference_mode():
         for row in read_rows(job.tokens, job.start, job.stop):

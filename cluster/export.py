@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cluster.artifacts import ShardSet, SplitSet
 from cluster.model import ModelSource, add_to_weights, build_dense, initial_adapters, load_tokenizer
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ def export_lora(
 
     trained = load_adapter(adapter_dir, source.base_facts)
     made = as_lora(trained, _taken_out_of_weights(source, trained), max_rank)
-    flipped = any(spec.transposed for spec in ShardSet(source.shards).architecture.linears)
+    flipped = any(spec.transposed for spec in source.shard_set.architecture.linears)
     plain = AdapterConfig(method="lora", r=made.rank, lora_alpha=float(made.rank), init="kaiming")
     told = {**facts, "base": "dense", "fan_in_fan_out": flipped}
     save_adapter(out, made.layers, plain, told, load_saved_modules(adapter_dir))
@@ -71,7 +70,7 @@ def _taken_out_of_weights(source: ModelSource, trained: Mapping[str, Adapter]) -
         return initial_adapters(source)
     if source.adapter.init != "split" or source.base != "nf4":
         return {}
-    parts = {module for module, split in SplitSet(source.splits).items() if split.part is not None}
+    parts = {module for module, split in source.split_set.items() if split.part is not None}
     return {module: adapter for module, adapter in initial_adapters(source).items() if module in parts} if parts else {}
 
 
@@ -91,7 +90,7 @@ def export_merged(source: ModelSource, adapter_dir: Path, out: Path, onto: Onto)
     """
     import torch
 
-    shards, splits = ShardSet(source.shards), SplitSet(source.splits)
+    shards, splits = source.shard_set, source.split_set
     model = build_dense(shards, torch.float32)
     changes: dict[str, Tensor] = {}
     moved, requantized = [], []
@@ -105,7 +104,7 @@ def export_merged(source: ModelSource, adapter_dir: Path, out: Path, onto: Onto)
     add_to_weights(model, shards, changes)
     _put_saved(model, adapter_dir)
     model.save_pretrained(out)
-    load_tokenizer(source.shards).save_pretrained(out)
+    load_tokenizer(source.shard_set).save_pretrained(out)
     return {
         "num_layers": len(changes),
         "change": sum(moved) / len(moved),
@@ -125,18 +124,18 @@ def export_base(source: ModelSource, out: Path, dtype: torch.dtype) -> None:
 
     from lowrank.adapters.pairs import RESIDUAL
 
-    shards = ShardSet(source.shards)
+    shards = source.shard_set
     model = build_dense(shards, dtype)
     if source.base == "nf4":
         flipped = {spec.name for spec in shards.architecture.linears if spec.transposed}
-        for module, split in SplitSet(source.splits).items():
+        for module, split in source.split_set.items():
             base = torch.zeros(split.shape) if split.residual is None else split.residual.dequantize(torch.float32)
             layer: Any = model.get_submodule(module)
             layer.weight = torch.nn.Parameter((base.T if module in flipped else base).to(dtype).contiguous(), False)
     elif source.adapter.init in RESIDUAL:
         add_to_weights(model, shards, {m: -a.delta_weight() for m, a in initial_adapters(source).items()})
     model.save_pretrained(out)
-    load_tokenizer(source.shards).save_pretrained(out)
+    load_tokenizer(source.shard_set).save_pretrained(out)
 
 
 def losses_over_original(source: ModelSource, adapter_dir: Path, exported: Path, tokens: Path) -> dict[str, Any]:
@@ -177,7 +176,7 @@ def _over_original(source: ModelSource, exported: Path) -> PreTrainedModel:
 
         merged: PreTrainedModel = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
         return merged.eval()
-    shards = ShardSet(source.shards)
+    shards = source.shard_set
     model = build_dense(shards, torch.float32)
     layers = load_adapter(exported)
     add_to_weights(model, shards, {module: layer.delta_weight().detach() for module, layer in layers.items()})

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cluster.architecture import load_config, meta_model
 from cluster.artifacts import ShardSet, SplitSet
+from cluster.durable import units_at
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from cluster.objects import Mirror
     from lowrank.adapters.base import Adapter
     from lowrank.config import AdapterConfig
     from lowrank.quantization.residual import SplitWeight
@@ -40,6 +42,24 @@ class ModelSource:
     base: Literal["nf4", "dense"] = "nf4"
     base_facts: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Name and hashes of the base: what adapters trained over it record, and what those loaded onto it must match."""
+    mirror: Mirror | None = None
+    """Of an object store: the paths above are those that it is mirrored by on each node."""
+
+    @property
+    def shard_set(self) -> ShardSet:
+        """The weights, config and tokenizer."""
+        return ShardSet(self.shards, self.mirror)
+
+    @property
+    def split_set(self) -> SplitSet:
+        """The packed residuals and what was split off."""
+        return SplitSet(self.splits, self.mirror)
+
+    def trained(self) -> Path | None:
+        """The directory of the trained adapter, on this machine."""
+        if self.adapter_dir is None or self.mirror is None:
+            return self.adapter_dir
+        return units_at(self.adapter_dir.parents[1], self.mirror).fetch(self.adapter_dir.name)
 
 
 def compute_dtype(choice: str, device: str) -> torch.dtype:
@@ -51,11 +71,12 @@ def compute_dtype(choice: str, device: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[choice]
 
 
-def load_tokenizer(shards: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(shards: Path | ShardSet) -> PreTrainedTokenizerBase:
     """The tokenizer that `shard` kept."""
     from transformers import AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(ShardSet(shards).meta_dir))
+    found = shards if isinstance(shards, ShardSet) else ShardSet(shards)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(found.meta_dir))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -122,12 +143,12 @@ def build_variant(source: ModelSource, variant: Variant, dtype: torch.dtype) -> 
     dense: W. nf4: NF4(W). nf4_init: Q + S, the split before training. adapter: Q + ΔW. Q is 0 where the factors
     replace W.
     """
-    shards = ShardSet(source.shards)
+    shards = source.shard_set
     if variant == "dense":
         return build_dense(shards, dtype)
     if variant == "nf4":
         return build_dense(shards, dtype, _plain_nf4_layers(source))
-    return build_adapted(source, dtype, {"init": None} if variant == "nf4_init" else {"adapter": source.adapter_dir})
+    return build_adapted(source, dtype, {"init": None} if variant == "nf4_init" else {"adapter": source.trained()})
 
 
 def build_adapted(source: ModelSource, dtype: torch.dtype, adapters: Mapping[str, Path | None]) -> PreTrainedModel:
@@ -140,7 +161,7 @@ def build_adapted(source: ModelSource, dtype: torch.dtype, adapters: Mapping[str
     from lowrank.inject import inject
     from lowrank.saved_modules import add_saved, find_modules
 
-    shards = ShardSet(source.shards)
+    shards = source.shard_set
     model = build_dense(shards, dtype, _nf4_layers(source) if source.base == "nf4" else None)
     named: dict[str, dict[str, Adapter]] = {}
     for name, path in adapters.items():
@@ -173,9 +194,9 @@ def add_to_weights(model: nn.Module, shards: ShardSet, changes: Mapping[str, Ten
 def _nf4_layers(source: ModelSource) -> dict[str, nn.Module]:
     from lowrank.linear import NF4Linear, ZeroLinear
 
-    shards = ShardSet(source.shards)
+    shards = source.shard_set
     layers: dict[str, nn.Module] = {}
-    for module, split in SplitSet(source.splits).items():
+    for module, split in source.split_set.items():
         bias = _bias(shards, module)
         layers[module] = ZeroLinear(split.shape, bias) if split.residual is None else NF4Linear(split.residual, bias)
     return layers
@@ -186,9 +207,9 @@ def _plain_nf4_layers(source: ModelSource) -> dict[str, nn.Module]:
     from lowrank.linear import NF4Linear
     from lowrank.quantization.nf4 import quantize_nf4
 
-    shards = ShardSet(source.shards)
+    shards = source.shard_set
     layers: dict[str, nn.Module] = {}
-    for record in SplitSet(source.splits).records:
+    for record in source.split_set.records:
         module = record["module"]
         weight = shards.load(f"{module}.weight").float()
         quantized = quantize_nf4(weight, record["block_size"], record["double_quant"])
@@ -213,9 +234,9 @@ def initial_adapters(source: ModelSource) -> dict[str, Adapter]:
     from lowrank.adapters import registry
     from lowrank.adapters.base import Layer
 
-    shards, use_split = ShardSet(source.shards), source.adapter.init == "split" and source.base == "nf4"
+    shards, use_split = source.shard_set, source.adapter.init == "split" and source.base == "nf4"
     layers = []
-    for index, (module, split) in enumerate(SplitSet(source.splits).items()):
+    for index, (module, split) in enumerate(source.split_set.items()):
         weight = partial(_base_weight, shards, split, source.base)
         layers.append(Layer(module, split.shape, index, weight, split.part if use_split else None))
     return registry.initial_adapters(layers, source.adapter)

@@ -9,7 +9,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.durable import reading, write_atomic
+from cluster.durable import UnitStore, reading, write_atomic
 from cluster.rows import EncodedRow, RowFormat, RowProblem, encode_row
 from lowrank.reading import parse_json, shown
 
@@ -57,6 +57,11 @@ def _tokenizer(directory: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+@lru_cache(maxsize=2)
+def _bring_meta(shards: UnitStore) -> Path:
+    return shards.fetch("meta")
+
+
 @dataclass(frozen=True)
 class EncodeBatch:
     """The map of Ray Data and of the in-process reader: a table of rows (with `path`) → a table of tokens.
@@ -67,11 +72,15 @@ class EncodeBatch:
     tokenizer_dir: str
     row_format: RowFormat
     max_length: int
+    shards: UnitStore | None = None
+    """Units of `shard`, where `tokenizer_dir` is their `meta` and may have to be brought to this node."""
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Tokenise a batch, row by row, in order."""
         import pyarrow as pa
 
+        if self.shards is not None:
+            _bring_meta(self.shards)
         tokenizer = _tokenizer(self.tokenizer_dir)
         rows = [self._encode(row, tokenizer) for row in batch.to_pylist()]
         return pa.Table.from_pylist(rows, schema=_mapped_schema())

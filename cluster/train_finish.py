@@ -34,6 +34,7 @@ def commit_adapter(job: TrainJob, outcome: dict[str, Any], probe: MicroBatch) ->
     step = last.best_step if job.config.keep == "best" and last.best_step is not None else last.step
     kept = Progress(**job.store.read(checkpoint_unit(step), verify=True).facts)
     write_json(job.root / OUTCOME_FILE, {**outcome, "kept_step": step})
+    job.store.publish(OUTCOME_FILE)
 
     def write(directory: Path) -> dict[str, Any]:
         tensors = load_tensors(job.store, step)

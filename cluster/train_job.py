@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.durable import UnitStore
+from cluster.durable import UnitStore, units_at
 
 if TYPE_CHECKING:
     from cluster.config import FinetuneConfig
     from cluster.model import ModelSource
+    from cluster.objects import Mirror
 
 ADAPTER_UNIT = "adapter"
 METRICS_FILE, OUTCOME_FILE, STOP_FILE = "metrics.jsonl", "outcome.json", "stop"
@@ -37,11 +38,19 @@ class TrainJob:
     """Name of the run, for messages and for Ray Train's directory."""
     use_gpu: bool = False
     """One GPU per worker."""
+    mirror: Mirror | None = None
+    """Of an object store: what the paths above are mirrored from."""
 
     @property
     def store(self) -> UnitStore:
         """Units and ledger of the stage."""
-        return UnitStore(self.root)
+        return units_at(self.root, self.mirror)
+
+    def bring(self) -> None:
+        """Have the token tables on this node."""
+        for tokens in (self.train_tokens, self.heldout_tokens):
+            if tokens is not None and self.mirror is not None:
+                self.store.fetch(tokens.parent.name)
 
 
 @dataclass(frozen=True)

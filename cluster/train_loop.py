@@ -18,6 +18,7 @@ from cluster.answer_loss import answer_nll
 from cluster.batches import MicroBatch, Plan, collate, derived_seed, learning_rate, micro_batches
 from cluster.errors import TrainError
 from cluster.metrics import MetricLog
+from cluster.noticeboard import Noticeboard
 from cluster.tokens import TokenTable
 from cluster.train_engine import Ranks, build_engine, set_training
 from cluster.train_job import ADAPTER_UNIT, STOP_FILE, Place, TrainJob, checkpoint_unit
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 #: Rows of the fixed batch whose loss must survive saving and loading the adapter.
 PROBE_ROWS = 4
+#: How often an object store is asked whether training shall stop, in seconds.
+_LOOK_S = 5.0
 
 
 def run_worker(job: TrainJob, place: Place) -> None:
@@ -54,6 +57,7 @@ class _Trainer:
 
     def __init__(self, job: TrainJob, place: Place) -> None:
         self.job, self.place, self.config = job, place, job.config
+        job.bring()
         self.tokens = TokenTable.read(job.train_tokens)
         self.heldout = None if job.heldout_tokens is None else TokenTable.read(job.heldout_tokens)
         if self.heldout is not None:
@@ -62,7 +66,8 @@ class _Trainer:
         self.plan = Plan(self.tokens.lengths, self.config, max_length)
         self.ranks = Ranks(place.rank, place.world)
         self.reported_at = -math.inf
-        self.log = MetricLog(job.root) if place.rank == 0 else None
+        self.log = MetricLog(job.root, job.store if job.mirror else None) if place.rank == 0 else None
+        self._looked = time.monotonic()
         self.progress = self._newest()
         state = load_tensors(job.store, self.progress.step) if self.progress.step else None
         self.built = build_engine(job, place, self.plan.total_steps, state, self.progress.step)
@@ -153,10 +158,19 @@ class _Trainer:
             penalty = self.built.penalty() if last else None
             self.built.backward(loss if penalty is None else loss + penalty, last=last)
             nll = nll + part.detach()
-        total_nll, wishes = self.ranks.sum(float(nll), float((self.place.launch / STOP_FILE).exists()))
+        total_nll, wishes = self.ranks.sum(float(nll), float(self._told_to_stop()))
         if wishes:
             raise TrainError(f"finetune {self.job.name}: stopped by its driver at step {step}. Resume to go on.")
         return total_nll / total
+
+    def _told_to_stop(self) -> bool:
+        """Whether the driver wants an end; the object store is asked by rank 0, and not at every step."""
+        if (self.place.launch / STOP_FILE).exists():
+            return True
+        if self.job.mirror is None or self.place.rank or time.monotonic() - self._looked < _LOOK_S:
+            return False
+        self._looked = time.monotonic()
+        return Noticeboard(self.place.launch, self.job.mirror).has(STOP_FILE)
 
     def _eval_sequences(self, table: TokenTable) -> MicroBatch:
         return [[row] for row in sorted(range(len(table)), key=lambda row: (table.lengths[row], row))]
@@ -182,6 +196,8 @@ class _Trainer:
     def _checkpoint(self, line: dict[str, Any]) -> None:
         self.progress.probe_loss = self.mean_loss(self.probe_sequences, self.heldout or self.tokens)
         tensors = self.built.state()
+        if self.log is not None:
+            self.log.publish()
         if self.place.rank == 0:
             save_checkpoint(self.job.store, tensors, self.progress)
         # Rank 0's clock decides for all (this also is the barrier): a report that one rank misses hangs the others.

@@ -18,11 +18,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.durable import write_json
-from cluster.errors import ClusterError, DataError, ModelError, OutOfMemoryError, ResourceError, TrainError
+from cluster.errors import (
+    ClusterError,
+    DamagedError,
+    DataError,
+    ModelError,
+    OutOfMemoryError,
+    ResourceError,
+    StorageError,
+    TrainError,
+)
 from cluster.failures import is_out_of_memory
 from cluster.metrics import Follower, read_metrics, steps_redone
-from cluster.train_job import ADAPTER_UNIT, OUTCOME_FILE, STOP_FILE, Place, TrainJob, TrainOutcome
+from cluster.noticeboard import Noticeboard
+from cluster.train_job import ADAPTER_UNIT, METRICS_FILE, OUTCOME_FILE, STOP_FILE, Place, TrainJob, TrainOutcome
 from cluster.zero import check_optimizer, zero_stage
 
 if TYPE_CHECKING:
@@ -34,11 +43,15 @@ __all__ = ["TrainJob", "TrainOutcome", "check_layout", "train"]
 TRAIN_THREAD = "rankline-train"
 #: How long workers that were told to stop are waited for, in seconds.
 _STOP_S = 15.0
+#: What the names of notes about failures begin with.
+_FAILURE = "failure-"
 _POLL_S = 0.5
 #: How often Ray Train's controller looks at its workers.
 _RAY_POLL_S = 2.0
 #: Raised anew under the same name by the driver; anything else becomes a TrainError.
-_KNOWN: dict[str, type[ClusterError]] = {kind.__name__: kind for kind in (DataError, ModelError, TrainError)}
+_KNOWN: dict[str, type[ClusterError]] = {
+    kind.__name__: kind for kind in (DamagedError, DataError, ModelError, StorageError, TrainError)
+}
 
 
 def train(
@@ -103,7 +116,7 @@ def _fit(job: TrainJob, on_progress: Callable[[dict[str, Any]], None]) -> None:
     launch = f"{job.name}-{uuid.uuid4().hex[:8]}"
     directory = job.storage / "launches" / launch
     directory.mkdir(parents=True)
-    follower = Follower.at_end(job.root)
+    follower = Follower.at_end(job.root, job.mirror)
     box: list[BaseException] = []
     thread = threading.Thread(target=_run_trainer, args=(job, launch, directory, box), name=TRAIN_THREAD, daemon=True)
     thread.start()
@@ -114,7 +127,8 @@ def _fit(job: TrainJob, on_progress: Callable[[dict[str, Any]], None]) -> None:
                 on_progress(line)
     except BaseException as error:
         # Ctrl-C, or the caller's own error: the workers look for this file between steps.
-        (directory / STOP_FILE).touch()
+        with contextlib.suppress(StorageError):
+            Noticeboard(directory, job.mirror).post(STOP_FILE, {})
         if not isinstance(error, KeyboardInterrupt):
             thread.join(_STOP_S)
         raise
@@ -146,10 +160,17 @@ def _make_trainer(job: TrainJob, launch: str, directory: Path) -> Any:
         ),
         run_config=RunConfig(
             name=launch,
-            storage_path=str(job.storage),
+            **_storage(job),
             failure_config=FailureConfig(max_failures=config.max_failures),
         ),
     )
+
+
+def _storage(job: TrainJob) -> dict[str, Any]:
+    """Where Ray Train keeps its own state."""
+    if job.mirror is None:
+        return {"storage_path": str(job.storage)}
+    return {"storage_path": job.mirror.key(job.storage), "storage_filesystem": job.mirror.filesystem}
 
 
 def _worker(arguments: dict[str, Any]) -> None:
@@ -159,7 +180,8 @@ def _worker(arguments: dict[str, Any]) -> None:
     from cluster.train_loop import run_worker, set_environment
 
     job, directory = arguments["job"], arguments["directory"]
-    if _failures(directory) or (directory / STOP_FILE).exists():
+    board = Noticeboard(directory, job.mirror)
+    if board.notes(_FAILURE) or board.has(STOP_FILE):
         return
     set_environment(job.use_gpu)
     # Ray Train tells every report of every rank; ours are in metrics.jsonl.
@@ -171,7 +193,7 @@ def _worker(arguments: dict[str, Any]) -> None:
         run_worker(job, place)
     except Exception as error:
         if not _may_be_cured(error):
-            write_json(directory / f"failure-{place.rank}.json", _describe(error))
+            board.post(f"{_FAILURE}{place.rank}.json", _describe(error))
         raise
 
 
@@ -188,16 +210,8 @@ def _describe(error: Exception) -> dict[str, Any]:
     return facts | {"out_of_memory": is_out_of_memory(error)}
 
 
-def _failures(directory: Path) -> list[dict[str, Any]]:
-    found = []
-    for path in sorted(directory.glob("failure-*.json")):
-        with contextlib.suppress(OSError, ValueError):
-            found.append(json.loads(path.read_text()))
-    return found
-
-
 def _raise_failure(job: TrainJob, directory: Path, box: list[BaseException]) -> None:
-    for failure in _failures(directory):
+    for failure in Noticeboard(directory, job.mirror).notes(_FAILURE):
         if failure["out_of_memory"]:
             raise OutOfMemoryError(_no_memory(job, failure["message"]))
         kind = _KNOWN.get(failure["type"])
@@ -231,14 +245,15 @@ def _last_line(error: BaseException) -> str:
 
 def _outcome(job: TrainJob) -> TrainOutcome:
     facts = job.store.read(ADAPTER_UNIT).facts
-    run = json.loads((job.root / OUTCOME_FILE).read_text())
+    run = json.loads(job.store.obtain(OUTCOME_FILE).read_text())
+    job.store.obtain(METRICS_FILE)
     lines = read_metrics(job.root)
     progress = run["progress"]
     names = ("first_loss", "last_loss", "heldout_loss", "best_loss")
     metrics = {name: float(progress[name]) for name in names if progress[name] is not None}
     metrics |= {name: float(facts[name]) for name in ("probe_loss", "reloaded_probe_loss")}
     return TrainOutcome(
-        path=job.store.path(ADAPTER_UNIT),
+        path=job.store.fetch(ADAPTER_UNIT),
         config=job.config,
         global_step=int(facts["global_step"]),
         epoch=int(facts["epoch"]),

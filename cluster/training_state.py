@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.durable import reading
-from cluster.errors import TrainError
+from cluster.errors import DamagedError, TrainError
 from cluster.train_job import checkpoint_unit
 
 if TYPE_CHECKING:
@@ -234,8 +234,7 @@ def save_checkpoint(store: UnitStore, tensors: Mapping[str, Tensor], progress: P
 
 def checkpoints(store: UnitStore) -> list[int]:
     """Steps of the committed checkpoints, oldest first."""
-    found = (store.root / "units").glob("step-*")
-    steps = (path.name.removeprefix("step-") for path in found if store.is_committed(path.name))
+    steps = (unit.removeprefix("step-") for unit in store.all_committed() if unit.startswith("step-"))
     return sorted(int(step) for step in steps if step.isdecimal())
 
 
@@ -248,11 +247,12 @@ def newest_checkpoint(store: UnitStore) -> Progress | None:
     damaged: dict[int, str] = {}
     for step in reversed(checkpoints(store)):
         try:
+            store.fetch(checkpoint_unit(step))
             found = Progress(**store.read(checkpoint_unit(step), verify=True).facts)
             if found.step != step:
                 raise ValueError(f"{store.path(checkpoint_unit(step))} holds step {found.step}")
             break
-        except (ValueError, FileNotFoundError, TypeError) as error:
+        except (ValueError, FileNotFoundError, TypeError, DamagedError) as error:
             damaged[step] = str(error)
     else:
         _refuse_to_begin_anew(store, damaged)
@@ -285,7 +285,7 @@ def load_tensors(store: UnitStore, step: int) -> dict[str, Tensor]:
     """
     from safetensors.torch import load_file
 
-    file = store.path(checkpoint_unit(step)) / STATE_FILE
+    file = store.fetch(checkpoint_unit(step)) / STATE_FILE
     with reading(file):
         tensors: dict[str, Tensor] = load_file(file)
         return tensors

@@ -101,15 +101,25 @@ def safetensors_headers(file: Path) -> list[TensorHeader]:
             (length,) = struct.unpack("<Q", handle.read(8))
             if length > min(size, _MAX_HEADER):
                 raise ValueError(f"header of {length} bytes in a file of {size}")
-            header = parse_json(handle.read(length))
-        header.pop("__metadata__", None)
-        found = [_header(name, entry) for name, entry in header.items()]
-        _require_tiling(found)
+            found = parse_safetensors_header(handle.read(length))
     except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"read {file}: damaged safetensors header ({error}). Copy the file again.") from error
     end = 8 + length + max((tensor.end for tensor in found), default=0)
     if end != size:
         raise CheckpointError(f"read {file}: {size} bytes, but its header describes {end}. Copy the file again.")
+    return found
+
+
+def parse_safetensors_header(text: bytes) -> list[TensorHeader]:
+    """The tensors of a safetensors header.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: it is none.
+    """
+    header = parse_json(text)
+    header.pop("__metadata__", None)
+    found = [_header(name, entry) for name, entry in header.items()]
+    _require_tiling(found)
     return found
 
 

@@ -16,6 +16,7 @@ from urllib.parse import quote
 from cluster.errors import ClusterError, ServeError, TokenError
 from cluster.serving.auth import read_token
 from cluster.serving.client import to_replica_of
+from pipelines.artifacts import Store
 from pipelines.errors import ConfigError
 from pipelines.plain_text import PlainText, plain
 
@@ -194,7 +195,7 @@ class ChatClient:
         return ConfigError(text) if 400 <= status < 500 and status != 429 else ServeError(text)
 
 
-def find(store: Path, url: str | None, token_file: str | None) -> ChatClient:
+def find(store: Store, url: str | None, token_file: str | None) -> ChatClient:
     """The endpoint at a URL, or of the newest run in the store whose endpoint answers.
 
     A recorded token is only ever sent to the URL that it is recorded with.
@@ -210,13 +211,14 @@ def find(store: Path, url: str | None, token_file: str | None) -> ChatClient:
         token_file = token_file or next((point["token_file"] for _, point in recorded if point["url"] == url), None)
         if token_file is None:
             raise ConfigError(
-                f"chat --url {url}: no run in {store} has an endpoint there. Give the token with --token-file FILE."
+                f"chat --url {url}: no run in {store.name} has an endpoint there. Give the token with "
+                "--token-file FILE."
             )
         return ChatClient(url, token_file)
     refused: list[ConfigError | ClusterError] = []
     for run, point in recorded:
         try:
-            remedy = shlex.join(["rankline", "serve", run, "--store", str(store)])
+            remedy = shlex.join(["rankline", "serve", run, "--store", store.name])
             client = ChatClient(point["url"], token_file or point["token_file"], remedy)
             client.models()
             return client
@@ -225,17 +227,14 @@ def find(store: Path, url: str | None, token_file: str | None) -> ChatClient:
     if refused:
         raise refused[0]
     raise ServeError(
-        f"chat: no run in {store} has an endpoint. Deploy one with `rankline serve RUN` (`rankline status` lists the "
-        "runs), name another store with --store, or give --url and --token-file."
+        f"chat: no run in {store.name} has an endpoint. Deploy one with `rankline serve RUN` (`rankline status` lists "
+        "the runs), name another store with --store, or give --url and --token-file."
     )
 
 
-def _recorded(store: Path) -> list[tuple[str, dict[str, Any]]]:
+def _recorded(store: Store) -> list[tuple[str, dict[str, Any]]]:
     """Runs of a store with the endpoints they have deployed, newest first."""
-    from pipelines.inspect_store import run_names
-    from pipelines.records import read_record
-
-    records = [(name, read_record(store / name)) for name in run_names(store)]
+    records = [(name, store.read_record(name)) for name in store.run_names()]
     records.sort(key=lambda item: item[1].get("updated", 0.0), reverse=True)
     return [(name, record["endpoint"]) for name, record in records if record.get("endpoint")]
 

@@ -62,7 +62,8 @@ def _add_pipeline_commands(commands: argparse._SubParsersAction[argparse.Argumen
         command.add_argument(
             "--set", dest="overrides", action="append", default=[], metavar="PATH=VALUE", help="override a setting"
         )
-        command.add_argument("--store", help="directory of the store (store.path)")
+        command.add_argument("--store", help="directory or URI of the store (store.path)")
+        command.add_argument("--cache", help="of a store by URI: local directory of what was read (store.cache)")
         if name == "plan":
             command.add_argument("--schema", action="store_true", help="print the JSON schema of a pipeline YAML")
             _add_scale(command)
@@ -110,7 +111,7 @@ def _add_store_commands(commands: argparse._SubParsersAction[argparse.ArgumentPa
         if name in ("status", "resume", "serve", "verify"):
             command.add_argument("run", nargs="?" if name == "status" else None, help="name of the run")
         if name != "methods":
-            command.add_argument("--store", default="runs", help="directory of the store (default: runs)")
+            _add_store(command)
         if name == "serve":
             command.add_argument(
                 "--build",
@@ -125,6 +126,11 @@ def _add_store_commands(commands: argparse._SubParsersAction[argparse.ArgumentPa
             command.add_argument("--port", type=int, default=5000, help="port on loopback (default: 5000)")
 
 
+def _add_store(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--store", default="runs", help="directory or URI of the store (default: runs)")
+    command.add_argument("--cache", help="of a store by URI: local directory of what was read")
+
+
 def _add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = _command(commands, "chat", "talk to the endpoint in the terminal, or answer one message")
     command.add_argument("model", nargs="?", help="model id (default: the first adapter of the endpoint, or its base)")
@@ -134,7 +140,7 @@ def _add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     command.add_argument("--temperature", type=float, metavar="T", help="0 to 2, 0 is greedy (default: the endpoint's)")
     command.add_argument("--url", help="endpoint, http://HOST:PORT (default: that of the store's newest run)")
     command.add_argument("--token-file", metavar="FILE", help="file with its token (default: as the run recorded it)")
-    command.add_argument("--store", default="runs", help="directory of the store (default: runs)")
+    _add_store(command)
 
 
 def _add_spectrum(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -167,7 +173,7 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         default="trained",
         help="merged: into the dequantized base that was trained over (default: what is served), or the original",
     )
-    command.add_argument("--store", default="runs", help="directory of the store (default: runs)")
+    _add_store(command)
 
 
 def entry() -> NoReturn:
@@ -246,11 +252,13 @@ def _again(arguments: argparse.Namespace) -> str:
     import shlex
 
     if arguments.command == "resume":
-        return shlex.join(["rankline", "resume", arguments.run, "--store", arguments.store])
+        cache = ["--cache", arguments.cache] if arguments.cache else []
+        return shlex.join(["rankline", "resume", arguments.run, "--store", arguments.store, *cache])
     words = ["rankline", "run", arguments.pipeline]
     for option, values in (
         ("--set", arguments.overrides),
         ("--store", [arguments.store]),
+        ("--cache", [arguments.cache]),
         ("--address", [arguments.address]),
     ):
         words += [word for value in values if value for word in (option, value)]

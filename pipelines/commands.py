@@ -7,19 +7,33 @@ import sys
 from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines.config import PipelineConfig, json_schema, parse, read_yaml
 from pipelines.errors import DONE, WEIGHTS, ConfigError, exit_code
+
+if TYPE_CHECKING:
+    from pipelines.artifacts import Store
 
 
 def _load(arguments: Namespace) -> PipelineConfig:
     overrides = list(arguments.overrides)
     if arguments.store:
-        overrides.append(f"store.path={arguments.store}")
+        overrides.append(f"store.path={json.dumps(arguments.store)}")  # a URI may hold what YAML takes for its own
+    if arguments.cache:
+        overrides.append(f"store.cache={json.dumps(arguments.cache)}")
     if arguments.command == "run" and arguments.address:
         overrides.append(f"cluster.address={arguments.address}")
     return parse(read_yaml(Path(arguments.pipeline)), overrides)
+
+
+def _store(arguments: Namespace) -> Store:
+    """The store that the arguments name."""
+    from pipelines.artifacts import Store
+    from pipelines.config import StoreConfig, refuse_store
+
+    refuse_store(StoreConfig(path=arguments.store, cache=arguments.cache))
+    return Store.open(arguments.store, arguments.cache)
 
 
 def _json(value: Any) -> None:
@@ -81,19 +95,20 @@ def run(arguments: Namespace) -> int:
 def resume(arguments: Namespace) -> int:
     """`rankline resume RUN`: the stored YAML as it is; refuses when its sources give other keys."""
     from pipelines import show, workflow
-    from pipelines.records import read_record
     from pipelines.sources import hash_sources
 
-    store = Path(arguments.store).resolve()
-    directory = store / arguments.run
-    record = read_record(directory)
+    store = _store(arguments)
+    directory = store.run_dir(arguments.run)
+    record = store.read_record(arguments.run)
     if "keys" not in record:
         raise ConfigError(
-            f"resume {arguments.run!r}: no such run in {store}, or its run.json is damaged. `rankline status` lists "
-            f"the runs; `rankline run` with {directory / 'pipeline.yaml'} goes on with a damaged one."
+            f"resume {arguments.run!r}: no such run in {store.name}, or its run.json is damaged. `rankline status` "
+            f"lists the runs; `rankline run` with {directory / 'pipeline.yaml'} goes on with a damaged one."
         )
-    config = parse(read_yaml(directory / "pipeline.yaml"))
-    keys = workflow.stage_keys(config, hash_sources(config, store / "_hashes.json"))
+    here = [] if store.mirror is None else [f"store.path={json.dumps(arguments.store)}"]
+    here += [f"store.cache={json.dumps(str(store.root))}"] if store.mirror is not None else []
+    config = parse(read_yaml(store.obtain(directory / "pipeline.yaml")), here)
+    keys = workflow.stage_keys(config, hash_sources(config, store.root / "_hashes.json"))
     changed = [stage for stage, key in keys.items() if record["keys"].get(stage) != key]
     if changed:
         raise ConfigError(
@@ -128,7 +143,7 @@ def status(arguments: Namespace) -> int:
     """`rankline status [RUN]`."""
     from pipelines import inspect_store, show
 
-    found = inspect_store.status(Path(arguments.store).resolve(), arguments.run)
+    found = inspect_store.status(_store(arguments), arguments.run)
     _json(found) if arguments.json else show.status(found)
     return DONE
 
@@ -139,10 +154,10 @@ def serve(arguments: Namespace) -> int:
     from pipelines.serve_app import redeploy, serve_yaml
 
     if arguments.build:
-        Path(arguments.build).write_text(serve_yaml(Path(arguments.store).resolve(), arguments.run))
+        Path(arguments.build).write_text(serve_yaml(_store(arguments), arguments.run))
         _json({"written": arguments.build}) if arguments.json else print(f"written: {arguments.build}")
         return DONE
-    deployed, name = redeploy(Path(arguments.store).resolve(), arguments.run)
+    deployed, name = redeploy(_store(arguments), arguments.run)
     if arguments.json:
         _json(deployed)
     else:
@@ -154,7 +169,7 @@ def verify(arguments: Namespace) -> int:
     """`rankline verify RUN`: exit 0 when everything is whole, else 3."""
     from pipelines import maintenance, show
 
-    found = maintenance.verify(Path(arguments.store).resolve(), arguments.run)
+    found = maintenance.verify(_store(arguments), arguments.run)
     _json(found) if arguments.json else show.verified(found)
     sys.stdout.flush()
     return WEIGHTS if found["problems"] else DONE
@@ -164,7 +179,7 @@ def gc(arguments: Namespace) -> int:
     """`rankline gc`: a list; with `--delete` what is on it goes."""
     from pipelines import maintenance, show
 
-    store = Path(arguments.store).resolve()
+    store = _store(arguments)
     found = maintenance.collect(store) if arguments.delete else maintenance.garbage(store)
     if arguments.json:
         _json({"deleted": arguments.delete, "bytes": sum(one.num_bytes for one in found),
@@ -178,7 +193,7 @@ def stop(arguments: Namespace) -> int:
     """`rankline stop`: the embedded cluster of a store with its endpoint."""
     from cluster import session
 
-    stopped = session.stop(Path(arguments.store).resolve())
+    stopped = session.stop(_store(arguments).root)
     if arguments.json:
         _json({"stopped": stopped})
     else:
@@ -197,7 +212,7 @@ def ui(arguments: Namespace) -> int:
             print(f"MLflow on {url}  (Ctrl-C ends it)")
         sys.stdout.flush()
 
-    return mlflow_ui.serve(Path(arguments.store).resolve(), arguments.port, ready)
+    return mlflow_ui.serve(_store(arguments), arguments.port, ready)
 
 
 def chat(arguments: Namespace) -> int:
@@ -207,7 +222,7 @@ def chat(arguments: Namespace) -> int:
 
     options = chats.check_options(arguments.max_tokens, arguments.temperature)
     message = chats.find_message(arguments.message, arguments.json)
-    client = find(Path(arguments.store).resolve(), arguments.url, arguments.token_file)
+    client = find(_store(arguments), arguments.url, arguments.token_file)
     talk = chats.Chat(client, client.choose(arguments.model), arguments.system, options)
     if message is None:
         talk.converse(chats.terminal_lines())
@@ -251,7 +266,7 @@ def export(arguments: Namespace) -> int:
     from pipelines import export as exports
     from pipelines import show
 
-    store, out = Path(arguments.store).resolve(), Path(arguments.out).expanduser().resolve()
+    store, out = _store(arguments), Path(arguments.out).expanduser().resolve()
     facts = exports.export(store, arguments.run, out, arguments.format, arguments.max_rank, arguments.onto)
     _json(facts) if arguments.json else show.exported(facts)
     return DONE
@@ -262,7 +277,7 @@ def doctor(arguments: Namespace) -> int:
     from pipelines import doctor as checks
     from pipelines import show
 
-    found = checks.examine(Path(arguments.store).resolve(), arguments.address)
+    found = checks.examine(_store(arguments), arguments.address)
     _json(found) if arguments.json else show.doctor(found)
     sys.stdout.flush()
     return 2 if any(check["state"] == "fail" for check in found) else DONE

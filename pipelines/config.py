@@ -26,6 +26,7 @@ from lowrank.quantize_options import QUANTIZE_OPTIONS
 from lowrank.reading import shown
 from pipelines.errors import ConfigError
 from pipelines.split_checks import split_problems
+from pipelines.store_checks import store_problems
 from pipelines.yaml_text import MOST_BYTES, parse_yaml, plain
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -78,7 +79,13 @@ class StoreConfig:
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     path: Annotated[str, EXECUTION] = "runs"
-    """Directory; on several nodes a shared one."""
+    """Directory (on several nodes a shared one), or URI of an object store (`s3://BUCKET/PREFIX`, `gs://`, `file:///`),
+    without credentials."""
+    cache: Annotated[str | None, EXECUTION] = None
+    """Of an object store: local directory where each node keeps what it has read; null is below ~/.cache/rankline."""
+    lease: Annotated[str | None, EXECUTION] = None
+    """Of an object store: SQLAlchemy URL, without a password, of the database that keeps a run to one driver; null is
+    the tracking database."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +127,16 @@ class PipelineConfig:
             ConfigError: with every problem found, by path.
         """
         return parse(read_yaml(Path(path)), overrides)
+
+
+def refuse_store(store: StoreConfig) -> None:
+    """Refuse a store that cannot be one, or holds what must not be written down.
+
+    Raises:
+        ConfigError: with every problem.
+    """
+    if problems := list(store_problems(store.path, store.lease)):
+        raise ConfigError(problems)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -223,6 +240,7 @@ def _contradictions(config: PipelineConfig) -> Iterator[str]:
         yield "finetune.zero_stage: 3 over an NF4 base needs finetune.allow_zero3_quantized: true; 2 is the default."
     if config.serve.host not in ("127.0.0.1", "localhost", "::1") and not config.serve.token_file:
         yield f"serve.host: {config.serve.host!r} is not loopback and needs serve.token_file, a token of your own."
+    yield from store_problems(config.store.path, config.store.lease)
     if re.search(r"://[^/@]*:[^/@]*@", config.register.tracking_uri or ""):
         yield (
             "register.tracking_uri: holds a password, which would stand in records and in MLflow. Leave it out: set "

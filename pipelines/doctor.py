@@ -14,6 +14,11 @@ from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cluster.objects import Mirror
+    from pipelines.artifacts import Store
 
 PACKAGES = ("torch", "ray", "deepspeed", "transformers", "bitsandbytes", "mlflow", "pyarrow", "safetensors")
 Check = dict[str, str]
@@ -23,7 +28,7 @@ def _check(name: str, state: str, finding: str, remedy: str = "") -> Check:
     return {"name": name, "state": state, "finding": finding, "remedy": remedy}
 
 
-def examine(store: Path, address: str | None = None) -> list[Check]:
+def examine(store: Store, address: str | None = None) -> list[Check]:
     """Run every check; one that fails in an unforeseen way becomes a finding of its own.
 
     Args:
@@ -33,12 +38,14 @@ def examine(store: Path, address: str | None = None) -> list[Check]:
     checks: list[Callable[[Path], Iterator[Check]]] = [
         _packages, _device, _processor, _memory, _disk, _cluster, _ports, _tokens, _tracking,
     ]  # fmt: skip
+    if store.mirror is not None:
+        checks.append(partial(_object_store, store.mirror))
     if address is not None:
-        checks.append(partial(_nodes, address))
+        checks.append(partial(_nodes, address, store.mirror))
     found: list[Check] = []
     for check in checks:
         try:
-            found += check(store)
+            found += check(store.root)
         except Exception as error:  # a broken installation must not hide the other findings
             found.append(
                 _check(
@@ -159,7 +166,18 @@ def _cluster(store: Path) -> Iterator[Check]:
         yield _check("cluster", "ok", f"{head.address}, {head.num_cpus} logical CPUs, dashboard {head.dashboard_url}")
 
 
-def _nodes(address: str, store: Path) -> Iterator[Check]:
+def _object_store(mirror: Mirror, store: Path) -> Iterator[Check]:
+    """Whether the object store takes, lists and gives a marker from here."""
+    from cluster.errors import StorageError
+
+    try:
+        mirror.probe()
+        yield _check("object store", "ok", f"{mirror.url(mirror.root)} can be written and read; mirrored in {store}")
+    except StorageError as error:
+        yield _check("object store", "fail", str(error), "See the message; `rankline run` refuses this store.")
+
+
+def _nodes(address: str, mirror: Mirror | None, store: Path) -> Iterator[Check]:
     """Whether each node of a cluster has our versions and shares the store."""
     from cluster.connection import connect, disconnect
     from cluster.errors import ClusterError
@@ -167,7 +185,7 @@ def _nodes(address: str, store: Path) -> Iterator[Check]:
 
     try:
         connect(address)
-        for node in check_nodes(store.resolve()):
+        for node in check_nodes(store.resolve(), mirror):
             yield _check("node", "ok", f"{node.address} of {address}: our versions, and shares {store}")
     except ClusterError as error:
         for line in str(error).splitlines():

@@ -63,7 +63,7 @@ def exit_code(error: BaseException) -> int:
         ((ConfigError, ce.TokenError, ce.PortError, ce.DataError, ce.ModelError, ce.ResourceError), CONFIG),
         ((GateError, ce.TrainError, le.NumericsError), TRAINING),
         (le.RankError, CONFIG),
-        ((ArtifactError, ce.DamagedError, le.LowRankError), WEIGHTS),
+        ((ArtifactError, ce.DamagedError, ce.StorageError, le.LowRankError), WEIGHTS),
         ((LeaseError, TrackingError, ce.ClusterError), CLUSTER),
     ]
     for kinds, code in table:

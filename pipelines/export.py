@@ -14,11 +14,11 @@ from pipelines.errors import ArtifactError, ConfigError
 from pipelines.model_source import model_source
 
 
-def export(store_dir: Path, run: str, out: Path, format: str, max_rank: int | None, onto: str) -> dict[str, Any]:
+def export(store: Store, run: str, out: Path, format: str, max_rank: int | None, onto: str) -> dict[str, Any]:
     """Write the adapter of `run` to the new directory `out`.
 
     Args:
-        store_dir: the store.
+        store: where the run is.
         run: name of a run whose finetune stage is finished.
         out: directory that does not exist yet.
         format: `lora` (over the original model, for stock PEFT and vLLM) or `merged` (a model of its own).
@@ -37,7 +37,7 @@ def export(store_dir: Path, run: str, out: Path, format: str, max_rank: int | No
         raise ConfigError(f"export {run!r}: {out} exists. Give --out a new directory.")
     if max_rank is not None and max_rank < 1:
         raise ConfigError(f"export {run!r}: --max-rank {max_rank}. Set --max-rank >= 1.")
-    config, source, adapter = _finished(store_dir, run)
+    config, source, adapter = _finished(store, run)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         written = Path(scratch) / "export"
@@ -48,19 +48,16 @@ def export(store_dir: Path, run: str, out: Path, format: str, max_rank: int | No
 
             facts = export_merged(source, adapter, written, "original" if onto == "original" else "trained")
         if source.base == "nf4" and (format == "lora" or onto == "original"):
-            facts |= _losses(store_dir, run, source, adapter, written)
+            facts |= _losses(store, run, source, adapter, written)
         shutil.move(written, out)
     return {"run": run, "format": format, "out": str(out)} | facts
 
 
-def _finished(store_dir: Path, run: str) -> tuple[PipelineConfig, ModelSource, Path]:
-    from pipelines.records import read_record
-
-    directory = store_dir / run
-    record = read_record(directory)
+def _finished(store: Store, run: str) -> tuple[PipelineConfig, ModelSource, Path]:
+    record = store.read_record(run)
     if "keys" not in record:
-        raise ConfigError(f"export {run!r}: no such run in {store_dir}. `rankline status` lists the runs.")
-    config, store, keys = parse(read_yaml(directory / "pipeline.yaml")), Store(store_dir), record["keys"]
+        raise ConfigError(f"export {run!r}: no such run in {store.name}. `rankline status` lists the runs.")
+    config, keys = parse(read_yaml(store.obtain(store.run_dir(run) / "pipeline.yaml"))), record["keys"]
     if (
         not {"shard", "quantize", "finetune"} <= keys.keys()
         or store.read_manifest("finetune", keys["finetune"]) is None
@@ -68,18 +65,18 @@ def _finished(store_dir: Path, run: str) -> tuple[PipelineConfig, ModelSource, P
         raise ArtifactError(f"export {run!r}: its finetune stage is not finished. Run `rankline resume {run}`.")
     for stage in ("shard", "quantize", "finetune"):
         store.check(stage, keys[stage])
-    return config, model_source(config, store, keys), store.units("finetune", keys["finetune"]).path("adapter")
+    return config, model_source(config, store, keys), store.units("finetune", keys["finetune"]).fetch("adapter")
 
 
-def _losses(store_dir: Path, run: str, source: ModelSource, adapter: Path, written: Path) -> dict[str, Any]:
+def _losses(store: Store, run: str, source: ModelSource, adapter: Path, written: Path) -> dict[str, Any]:
     """Held-out losses of the trained and the exported model; nothing before `evaluate` has read held-out rows."""
     from cluster.export import losses_over_original
-    from pipelines.records import read_record
 
-    units = Store(store_dir).units("evaluate", read_record(store_dir / run)["keys"].get("evaluate", "none"))
+    units = store.units("evaluate", store.read_record(run)["keys"].get("evaluate", "none"))
     if not units.is_committed("tokens"):
         return {}
     try:
+        units.fetch("tokens")
         units.read("tokens", verify=True)
     except ValueError as error:
         raise ArtifactError(f"export {run!r}: {error}. Delete that unit and run `rankline resume {run}`.") from error

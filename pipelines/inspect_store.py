@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.artifacts import Store
-from pipelines.errors import ConfigError
-from pipelines.lease import holder
-from pipelines.records import read_record
+from pipelines.errors import ConfigError, PipelineError
+from pipelines.run_lease import driver_of
 from pipelines.stages import STAGES
 
 
-def status(root: Path, run: str | None) -> dict[str, Any]:
+def status(store: Store, run: str | None) -> dict[str, Any]:
     """Runs with their stages, the embedded cluster and the endpoints of a store.
 
     Raises:
@@ -24,29 +23,28 @@ def status(root: Path, run: str | None) -> dict[str, Any]:
 
     from cluster import session
 
-    store = Store(root)
-    names = run_names(root)
+    names = store.run_names()
     if run is not None and run not in names:
-        raise ConfigError(f"status {run!r}: no such run in {root}. Runs there: {', '.join(names) or 'none'}.")
+        raise ConfigError(f"status {run!r}: no such run in {store.name}. Runs there: {', '.join(names) or 'none'}.")
     records = [_run(store, name) for name in names if run in (None, name)]
-    head = session.status(root) if root.is_dir() else None
+    head = session.status(store.root) if store.root.is_dir() else None
     cluster = {k: v for k, v in asdict(head).items() if k in ("address", "dashboard_url", "num_cpus")} if head else None
     endpoints = [_endpoint(record["endpoint"]) for record in records if record.get("endpoint")]
-    return {"store": str(root), "runs": records, "cluster": cluster, "endpoints": endpoints}
-
-
-def run_names(root: Path) -> list[str]:
-    """Names of a store's runs."""
-    return [path.parent.name for path in sorted(root.glob("[!_]*/run.json"))]
+    return {"store": store.name, "runs": records, "cluster": cluster, "endpoints": endpoints}
 
 
 def _run(store: Store, name: str) -> dict[str, Any]:
-    record = read_record(store.run_dir(name))
-    driver = holder(store.run_dir(name) / "lease.json")
+    record, driver, unknown = store.read_record(name), None, ""
+    try:
+        driver = driver_of(store, name)
+    except PipelineError as error:
+        unknown = str(error)
     if not {"status", "keys", "stages"} <= record.keys():
         record = {"name": name, "status": "DAMAGED (`rankline run` with its pipeline.yaml writes run.json anew)"}
         record |= {"keys": {}, "stages": {}}
-    if record["status"] == "RUNNING" and driver is None:
+    if record["status"] == "RUNNING" and unknown:
+        record["status"] = f"RUNNING, or lost: {unknown}"
+    elif record["status"] == "RUNNING" and driver is None:
         record["status"] = "LOST (its driver died; run it again to go on)"
     record["driver"] = driver["pid"] if driver else None
     keys, known = record["keys"], record["stages"]
@@ -57,7 +55,7 @@ def _run(store: Store, name: str) -> dict[str, Any]:
 
 def _stage(store: Store, name: str, key: str, known: dict[str, Any] | None) -> dict[str, Any]:
     """Finished stages from the run record; others from the units that are committed."""
-    committed = len(list((store.artifact(name, key) / "units").glob("*/unit.json")))
+    committed = len(store.units(name, key).all_committed())
     if known is not None:
         state, seconds = "cached" if known["cached"] else "done", known["seconds"]
     else:

@@ -1,7 +1,8 @@
-"""One driver per run: a lease file made with O_EXCL, with the holder's process and a fencing token.
+"""One driver per run: what a driver asks of its lease, and a lease file made with O_EXCL.
 
-A lease of a dead process on this host is taken over; one of another host is refused, since nobody here can tell
-whether that driver lives.
+The file holds the holder's process and a fencing token. A lease of a dead process on this host is taken over; one of
+another host is refused, since nobody here can tell whether that driver lives. Runs in an object store, which has no
+O_EXCL, keep a row in a database instead (`pipelines.lease_database`).
 """
 
 from __future__ import annotations
@@ -16,13 +17,33 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from lowrank.reading import read_json
 from pipelines.errors import LeaseError
 
 
-def _start_time(pid: int) -> float | None:
+class HeldLease(Protocol):
+    """A lease that was taken."""
+
+    def require(self) -> None:
+        """Go on only while the lease is still this one; to be called before anything is committed.
+
+        Raises:
+            LeaseError: another driver has taken the run over.
+        """
+        ...
+
+    def fenced(self) -> contextlib.AbstractContextManager[None]:
+        """Keep out other drivers while the block writes what only the holder may.
+
+        Raises:
+            LeaseError: see `require`.
+        """
+        ...
+
+
+def start_time(pid: int) -> float | None:
     """Start time of a live process, or None."""
     import psutil
 
@@ -40,7 +61,7 @@ def holder(path: Path) -> dict[str, Any] | None:
         here, pid, started = data["host"] == socket.gethostname(), int(data["pid"]), data["started"]
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
-    return None if here and _start_time(pid) != started else data
+    return None if here and start_time(pid) != started else data
 
 
 @dataclass(frozen=True)
@@ -92,7 +113,7 @@ def lease(path: Path) -> Iterator[Lease]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     token = uuid.uuid4().hex
-    record = {"pid": os.getpid(), "host": socket.gethostname(), "started": _start_time(os.getpid()), "token": token}
+    record = {"pid": os.getpid(), "host": socket.gethostname(), "started": start_time(os.getpid()), "token": token}
     with _guard(path):
         _claim(path, record)
     try:

@@ -16,11 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipelines.artifacts import Store, damage
+from pipelines.artifacts import Manifest, Store, damage
 from pipelines.errors import ArtifactError, ConfigError, LeaseError, TrackingError
-from pipelines.inspect_store import run_names
 from pipelines.lease import holder, store_to_oneself
-from pipelines.records import read_record, record_hash
+from pipelines.records import record_hash
 from pipelines.stages import STAGES
 
 #: Seconds for which a unit that is half written is left alone: workers outlive a driver that was killed.
@@ -40,20 +39,19 @@ class StageCheck:
     problems: tuple[str, ...]
 
 
-def verify(root: Path, run: str, done: Callable[[StageCheck], None] = lambda check: None) -> dict[str, Any]:
-    """Hash everything again that a run's stages have left; `done` is called after each.
+def verify(store: Store, run: str, done: Callable[[StageCheck], None] = lambda check: None) -> dict[str, Any]:
+    """Hash everything again that a run's stages have left, in the store itself; `done` is called after each.
 
     Raises:
-        ConfigError: there is no such run.
+        ConfigError: there is no such run. StorageError: the object store refuses.
     """
-    store = Store(root)
     record = known_run(store, run, "verify")
     began, checks = time.time(), []
     problems = []
     if record.get("sha256") != record_hash(record):
         problems.append(
-            f"{store.run_dir(run) / 'run.json'} is damaged, or was written by an earlier version: its own hash does "
-            f"not match. `rankline resume {run}` writes it anew."
+            f"{store.where(store.run_dir(run) / 'run.json')} is damaged, or was written by an earlier version: "
+            f"its own hash does not match. `rankline resume {run}` writes it anew."
         )
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for stage in STAGES:
@@ -76,10 +74,10 @@ def known_run(store: Store, run: str, command: str) -> dict[str, Any]:
     Raises:
         ConfigError: there is none of that name.
     """
-    if run in run_names(store.root) and "keys" in (record := read_record(store.run_dir(run))):
+    names = store.run_names()
+    if run in names and "keys" in (record := store.read_record(run)):
         return record
-    there = ", ".join(run_names(store.root)) or "none"
-    raise ConfigError(f"{command} {run!r}: no such run in {store.root}. Runs there: {there}.")
+    raise ConfigError(f"{command} {run!r}: no such run in {store.name}. Runs there: {', '.join(names) or 'none'}.")
 
 
 def _check(store: Store, stage: str, record: dict[str, Any], pool: ThreadPoolExecutor) -> StageCheck:
@@ -88,22 +86,31 @@ def _check(store: Store, stage: str, record: dict[str, Any], pool: ThreadPoolExe
         manifest = store.read_manifest(stage, key)
     except ArtifactError as error:
         return StageCheck(stage, key, "damaged", 0, 0, 0, (str(error),))
-    where = store.artifact(stage, key) / "manifest.json"
+    where = store.where(store.artifact(stage, key) / "manifest.json")
     if manifest is None:
         missing = (f"{where} is not there, though the run has finished {stage}",) if recorded else ()
         return StageCheck(stage, key, "damaged" if missing else "not finished", 0, 0, 0, missing)
-    units = store.units(stage, key)
     sizes, found = [], []
-    for unit, problem in zip(manifest.files, pool.map(partial(damage, store, manifest), manifest.files), strict=True):
-        if problem:
-            found.append(problem)
-        else:
-            sizes += [(units.path(unit) / file).stat().st_size for file in units.read(unit).files]
+    for problem, own in pool.map(partial(_hash, store, manifest), manifest.files):
+        found += [problem] if problem else []
+        sizes += own
     if recorded and recorded != manifest.sha256:
         found.append(f"{where} is another one than the run has recorded")
     return StageCheck(
         stage, key, "damaged" if found else "whole", len(manifest.files), len(sizes), sum(sizes), tuple(found)
     )
+
+
+def _hash(store: Store, manifest: Manifest, unit: str) -> tuple[str, list[int]]:
+    """What is wrong with a unit, or the sizes of its files."""
+    units = store.units(manifest.stage, manifest.key)
+    problem = damage(store, manifest, unit)
+    if problem:
+        return problem, []
+    try:
+        return "", units.hash_again(unit)
+    except ValueError as error:
+        return str(error), []
 
 
 @dataclass(frozen=True)
@@ -115,7 +122,7 @@ class Garbage:
     num_bytes: int
 
 
-def garbage(root: Path, now: float | None = None) -> list[Garbage]:
+def garbage(store: Store, now: float | None = None) -> list[Garbage]:
     """Stages' artifacts that no run's record names and no registered version was made of, and what died half written.
 
     Raises:
@@ -123,13 +130,18 @@ def garbage(root: Path, now: float | None = None) -> list[Garbage]:
         ArtifactError: a run's record cannot be read.
         TrackingError: a registry that a run uses cannot be read, so that nobody knows what its versions need.
         ConfigError: there is no store.
+        StorageError: the object store refuses.
     """
+    root = store.root
+    if store.mirror is not None:
+        from pipelines import clear_objects
+
+        return clear_objects.garbage(store)
     if not (root / "_artifacts").is_dir():
         raise ConfigError(f"gc {root}: there is no store. Give its directory with --store.")
-    store = Store(root)
     _refuse_drivers(root)
-    records = [_record(store, name) for name in run_names(root)]
-    needed = {key for record in records for key in record["keys"].values()} | _registered_keys(store, records)
+    records = [record_of(store, name) for name in store.run_names()]
+    needed = {key for record in records for key in record["keys"].values()} | registered_keys(store, records)
     old = (time.time() if now is None else now) - FRESH_S
     found = []
     for path in sorted(root.glob("_artifacts/*/*")):
@@ -146,17 +158,22 @@ def garbage(root: Path, now: float | None = None) -> list[Garbage]:
     return found
 
 
-def collect(root: Path) -> list[Garbage]:
+def collect(store: Store) -> list[Garbage]:
     """Remove all garbage, and return what it was. No run can begin meanwhile.
 
     Raises:
         LeaseError, TrackingError, ConfigError: as `garbage`.
         ArtifactError: as `garbage`; or something cannot be removed, and the rest is.
     """
+    root = store.root
+    if store.mirror is not None:
+        from pipelines import clear_objects
+
+        return clear_objects.collect(store)
     if not (root / "_artifacts").is_dir():
-        return garbage(root)  # which refuses
+        return garbage(store)  # which refuses
     with store_to_oneself(root):
-        found, stayed = garbage(root), []
+        found, stayed = garbage(store), []
         for one in found:
             _refuse_drivers(root)  # on hosts that share no locks with this one
             try:
@@ -179,18 +196,18 @@ def _refuse_drivers(root: Path) -> None:
             raise LeaseError(f"gc {root}: {at}. Wait for it; if that host is gone, delete {path}.")
 
 
-def _record(store: Store, name: str) -> dict[str, Any]:
+def record_of(store: Store, name: str) -> dict[str, Any]:
     """The record of a run, which must be beyond doubt: what it does not name is removed."""
-    record, path = read_record(store.run_dir(name)), store.run_dir(name) / "run.json"
+    record, place = store.read_record(name), store.where(store.run_dir(name))
     if "keys" not in record or record.get("sha256", record_hash(record)) != record_hash(record):
         raise ArtifactError(
-            f"gc {store.root}: {path} cannot be read or is damaged, and nobody else knows what run {name} needs. "
-            f"`rankline resume {name}` or `rankline run` writes it anew; delete {path.parent} if the run may go."
+            f"gc {store.name}: {place}/run.json cannot be read or is damaged, and nobody else knows what run {name} "
+            f"needs. `rankline resume {name}` or `rankline run` writes it anew; delete {place} if the run may go."
         )
     return record
 
 
-def _registered_keys(store: Store, records: list[dict[str, Any]]) -> set[str]:
+def registered_keys(store: Store, records: list[dict[str, Any]]) -> set[str]:
     """Keys of stages that registered versions were made of, in every registry that a run of this store ever used."""
     from pipelines.tracking import RegistryReader, default_uri
 

@@ -20,7 +20,8 @@ from types import FrameType
 from typing import IO
 
 from cluster.errors import PortError
-from pipelines.errors import TrackingError
+from pipelines.artifacts import Store
+from pipelines.errors import ConfigError, TrackingError
 from pipelines.tracking import default_uri
 from pipelines.tracking_probe import probe
 
@@ -28,21 +29,28 @@ START_S = 120.0
 STOP_S = 10.0
 
 
-def serve(store: Path, port: int, ready: Callable[[str], None]) -> int:
+def serve(store: Store, port: int, ready: Callable[[str], None]) -> int:
     """Run MLflow's server until it ends or Ctrl-C; `ready` is told the address once it answers.
 
     Raises:
+        ConfigError: the store is an object store.
         TrackingError: the store has no usable tracking database, or the server does not come up.
         PortError: the port is in use.
     """
-    database = store / "_mlflow" / "mlflow.db"
+    if store.mirror is not None:
+        raise ConfigError(
+            f"ui --store {store.name}: an object store holds no MLflow database. Open the page of the tracking server, "
+            "or `mlflow ui --backend-store-uri` on the database, that register.tracking_uri names."
+        )
+    root = store.root
+    database = root / "_mlflow" / "mlflow.db"
     if not database.is_file():
         raise TrackingError(f"ui: {database} does not exist. Run a pipeline first, or give its store with --store.")
-    probe(default_uri(store), embedded=True)
+    probe(default_uri(root), embedded=True)
     with socket.socket() as taken:
         if taken.connect_ex(("127.0.0.1", port)) == 0:
             raise PortError(f"ui: port {port} is in use. Give another one with --port.")
-    with tempfile.TemporaryFile() as log, _group(_command(store, port), log) as process:
+    with tempfile.TemporaryFile() as log, _group(_command(root, port), log) as process:
         _wait_until_up(process, port, log)
         ready(f"http://127.0.0.1:{port}/{_runs_page(database)}")
         with contextlib.suppress(KeyboardInterrupt):

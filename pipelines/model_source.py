@@ -35,4 +35,5 @@ def model_source(
             "split_key": keys["quantize"],
             "base": "factors" if config.decompose.mode == "replace" else tune.base,
         },
+        mirror=store.mirror,
     )

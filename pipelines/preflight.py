@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import ClusterError, ConnectError, PortError, ResourceError, TokenError
+from cluster.errors import ClusterError, ConnectError, PortError, ResourceError, StorageError, TokenError
 from lowrank.errors import LowRankError
 from lowrank.headers import TensorHeader
 from pipelines.artifacts import Store
@@ -67,6 +67,7 @@ def environment_refusals(config: PipelineConfig, store: Store) -> Iterator[Excep
     yield from _layout(config)
     yield from _address(config)
     yield from _tracking(config, store)
+    yield from _storage(config, store)
 
 
 def missing_sources(config: PipelineConfig) -> Iterator[Exception]:
@@ -127,9 +128,10 @@ def _disk(size: ModelSize, store: Store) -> Iterator[Exception]:
     needed = disk_bytes(size) + SPARE_BYTES
     free = shutil.disk_usage(_existing(store.root)).free
     if free < needed:
+        setting = "store.path" if store.mirror is None else "store.cache"
         yield ArtifactError(
             f"store {store.root}: {free / 2**30:.1f} GiB are free, about {needed / 2**30:.1f} GiB are needed. "
-            "Free some, or set store.path to a larger disk."
+            f"Free some, or set {setting} to a larger disk."
         )
 
 
@@ -229,13 +231,35 @@ def _tracking(config: PipelineConfig, store: Store) -> Iterator[Exception]:
         yield error
 
 
+def _storage(config: PipelineConfig, store: Store) -> Iterator[Exception]:
+    """An object store must take, list and give a marker, and a database must keep the run's lease."""
+    from pipelines.lease_database import LeaseDatabase, lease_url
+    from pipelines.run_lease import run_id
+
+    if store.mirror is None:
+        return
+    if config.register.tracking_uri is None:
+        yield ConfigError(
+            "register.tracking_uri: null keeps MLflow's database in the store, which is an object store and cannot "
+            "hold one. Set it to an MLflow server (http://HOST:PORT) or to a database."
+        )
+    try:
+        store.mirror.probe()
+    except (StorageError, OSError) as error:
+        yield error
+    try:
+        LeaseDatabase(lease_url(config)).holder(run_id(store, config.name))
+    except PipelineError as error:
+        yield error
+
+
 def plan(config: PipelineConfig) -> dict[str, Any]:
     """Stages with keys and what is cached, refusals with reasons, and estimates. Writes nothing but the hash cache."""
     from pipelines.sources import hash_sources
     from pipelines.stages import STAGES
     from pipelines.workflow import run_key, stage_keys
 
-    store = Store(Path(config.store.path).resolve())
+    store = Store.of(config.store)
     problems = list(missing_sources(config))
     result: dict[str, Any] = {"name": config.name, "run_key": None, "estimates": None}
     keys: dict[str, str] = {}
@@ -253,8 +277,9 @@ def plan(config: PipelineConfig) -> dict[str, Any]:
     for stage in STAGES:
         cached = False
         try:
-            cached = bool(keys) and store.read_manifest(stage.name, keys[stage.name]) is not None
-        except PipelineError as error:
+            asked = bool(keys) and not any(isinstance(problem, StorageError) for problem in problems)
+            cached = asked and store.read_manifest(stage.name, keys[stage.name]) is not None
+        except (PipelineError, StorageError) as error:
             problems.append(error)
         stages.append({"name": stage.name, "key": keys.get(stage.name), "cached": cached, "summary": stage.summary})
     refused = [str(problem) for problem in problems]

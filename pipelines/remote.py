@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.config import PipelineConfig
+from pipelines.errors import ConfigError
 from pipelines.sources import hash_sources
+from pipelines.store_checks import is_uri
 from pipelines.workflow import portable_yaml, run_key, stage_keys
 
 if TYPE_CHECKING:
@@ -99,6 +101,11 @@ def _attempts(config: PipelineConfig, address: str) -> tuple[Any, list[Attempt]]
 
 
 def _store_and_key(config: PipelineConfig) -> tuple[Path, str]:
+    if is_uri(config.store.path):
+        raise ConfigError(
+            "submit: store.path is an object store, and the job reads its pipeline from the store's directory. Start "
+            "`rankline run` with --address on a machine that reaches the cluster."
+        )
     store = Path(config.store.path).resolve()
     store.mkdir(parents=True, exist_ok=True)
     return store, run_key(stage_keys(config, hash_sources(config, store / "_hashes.json")))

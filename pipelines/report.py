@@ -53,12 +53,37 @@ from pipelines.timeline import MAX_WORKERS, draw_timeline, of_run
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-__all__ = ["model_card", "write_plots", "write_report"]
+    from cluster.objects import Mirror
+
+__all__ = ["bring_for_report", "model_card", "write_plots", "write_report"]
 
 _PACKAGES = ("rankline", "torch", "transformers", "ray", "deepspeed", "bitsandbytes", "mlflow", "numpy")
 _WIDE = (5.2, 2.6)
 _ORDER = ("shard", "decompose", "quantize", "finetune", "evaluate", "register")
 _WEIGHTS = "adapter_model.safetensors"
+
+
+#: What the page and the plots read of each stage's units.
+_READ = {
+    "decompose": ("index",),
+    "quantize": ("index",),
+    "finetune": ("adapter", "plain-lora"),
+    "evaluate": ("summary",),
+}
+
+
+def bring_for_report(artifacts: Mapping[str, Path], mirror: Mirror | None) -> None:
+    """Have on this machine what the page and the plots read, of a run in an object store; of others it is here."""
+    from cluster.durable import units_at
+    from cluster.train_job import METRICS_FILE
+
+    for stage, path in artifacts.items() if mirror is not None else ():
+        units = units_at(path, mirror)
+        for unit in units.committed(_READ.get(stage, ())):
+            units.fetch(unit)
+        for name in ("manifest.json", "sidecar.json", *([METRICS_FILE] if stage == "finetune" else [])):
+            units.obtain(name)
+        units.ledger()
 
 
 def write_report(path: Path, config: PipelineConfig, summary: Mapping[str, Any], artifacts: Mapping[str, Path]) -> None:

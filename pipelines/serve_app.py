@@ -7,7 +7,6 @@ cluster, where the store must lie under the same path.
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 from cluster.serving.auth import check_exposure, ensure_token, is_loopback
@@ -16,24 +15,22 @@ from pipelines.artifacts import Store
 from pipelines.config import PipelineConfig, parse, read_yaml
 from pipelines.endpoint import check_served, deploy_endpoint, serve_spec
 from pipelines.errors import ConfigError
-from pipelines.records import read_record, write_record
 from pipelines.session import open_cluster
 from pipelines.tracking import Tracker, default_uri
 
 
-def redeploy(root: Path, name: str) -> tuple[dict[str, Any], str]:
+def redeploy(store: Store, name: str) -> tuple[dict[str, Any], str]:
     """Deploy the registered version of a finished run again; returns the endpoint and the model's name.
 
     Raises:
         ConfigError: there is no such run, or it has registered nothing yet.
         ArtifactError: what the replicas would read is damaged.
     """
-    store = Store(root)
     config, record, registered = finished_run(store, name)
-    open_cluster(config, root)
-    tracker = Tracker(root, config.register.tracking_uri, config.register.experiment)
+    open_cluster(config, store.root)
+    tracker = Tracker(store.root, config.register.tracking_uri, config.register.experiment)
     endpoint = deploy_endpoint(config, store, record["keys"], registered, tracker)
-    write_record(store.run_dir(name), record | {"endpoint": endpoint, "updated": time.time()})
+    store.write_record(name, record | {"endpoint": endpoint, "updated": time.time()})
     return endpoint, registered["name"]
 
 
@@ -43,18 +40,18 @@ def finished_run(store: Store, name: str) -> tuple[PipelineConfig, dict[str, Any
     Raises:
         ConfigError: there is no such run, or it has registered nothing yet.
     """
-    record = read_record(store.run_dir(name))
+    record = store.read_record(name)
     key = record.get("keys", {}).get("register")
     manifest = store.read_manifest("register", key) if key else None
     if manifest is None:
         raise ConfigError(
-            f"serve {name!r}: no finished run of that name in {store.root}. `rankline status` lists the runs."
+            f"serve {name!r}: no finished run of that name in {store.name}. `rankline status` lists the runs."
         )
-    return parse(read_yaml(store.run_dir(name) / "pipeline.yaml")), record, manifest.facts
+    return parse(read_yaml(store.obtain(store.run_dir(name) / "pipeline.yaml"))), record, manifest.facts
 
 
 def build(args: dict[str, str]) -> Any:
-    """The Serve application of `args["run"]` in the store `args["store"]`; Serve calls it.
+    """The Serve application of `args["run"]` in the store `args["store"]`, mirrored in `args["cache"]`; Serve calls it.
 
     Raises:
         ConfigError: there is no such run.
@@ -62,7 +59,7 @@ def build(args: dict[str, str]) -> Any:
         TokenError: the token file cannot be used.
         ArtifactError: what the replicas would read is damaged.
     """
-    store = Store(Path(args["store"]))
+    store = Store.open(args["store"], args.get("cache"))
     config, record, registered = finished_run(store, args["run"])
     uri = config.register.tracking_uri or default_uri(store.root)
     spec = serve_spec(config, store, record["keys"], registered, uri)
@@ -72,7 +69,7 @@ def build(args: dict[str, str]) -> Any:
     return application(spec, config.serve)
 
 
-def serve_yaml(root: Path, name: str) -> str:
+def serve_yaml(store: Store, name: str) -> str:
     """The text of a Serve configuration file for a run.
 
     Raises:
@@ -80,7 +77,7 @@ def serve_yaml(root: Path, name: str) -> str:
     """
     import yaml
 
-    config, _, registered = finished_run(Store(root), name)
+    config, _, registered = finished_run(store, name)
     options = deployment_options(config.serve)
     written = {
         # Reached from outside by KubeRay's service, which sends requests to the workers too.
@@ -91,7 +88,8 @@ def serve_yaml(root: Path, name: str) -> str:
                 "name": f"rankline-{config.name}",
                 "route_prefix": ROUTE_PREFIX,
                 "import_path": f"{__name__}:{build.__name__}",
-                "args": {"store": str(root), "run": name},
+                "args": {"store": store.name, "run": name}
+                | ({} if store.mirror is None else {"cache": str(store.root)}),
                 "deployments": [options],
             }
         ],

@@ -12,6 +12,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from cluster.objects import Mirror
+from pipelines.artifacts import Store
 from pipelines.config import PipelineConfig
 from pipelines.errors import Interrupted
 
@@ -36,7 +38,7 @@ def open_cluster(config: PipelineConfig, store: Path) -> str:
     return head.address
 
 
-def require_alike_nodes(store: Path) -> None:
+def require_alike_nodes(store: Path, mirror: Mirror | None = None) -> None:
     """Nothing on one node; on several each must have our versions and share the store.
 
     Raises:
@@ -46,7 +48,7 @@ def require_alike_nodes(store: Path) -> None:
     from cluster.node_check import check_nodes
 
     if sum(node["alive"] for node in nodes()) > 1:
-        check_nodes(store)
+        check_nodes(store, mirror)
 
 
 def node_refusals(config: PipelineConfig) -> list[Exception]:
@@ -54,10 +56,10 @@ def node_refusals(config: PipelineConfig) -> list[Exception]:
     from cluster.connection import disconnect
     from cluster.errors import ClusterError
 
-    store = Path(config.store.path).resolve()
+    store = Store.of(config.store)
     try:
-        open_cluster(config, store)
-        require_alike_nodes(store)
+        open_cluster(config, store.root)
+        require_alike_nodes(store.root, store.mirror)
     except ClusterError as error:
         return [error]
     finally:
@@ -66,7 +68,7 @@ def node_refusals(config: PipelineConfig) -> list[Exception]:
 
 
 @contextlib.contextmanager
-def on_cluster(config: PipelineConfig, store: Path) -> Iterator[None]:
+def on_cluster(config: PipelineConfig, store: Store) -> Iterator[None]:
     """Connect; once the cluster answers no more, whatever Ray raises in the block ends as one clear error.
 
     Raises:
@@ -75,8 +77,8 @@ def on_cluster(config: PipelineConfig, store: Path) -> Iterator[None]:
     from cluster.errors import ConnectError
     from cluster.watch import EMBEDDED_PATIENCE_S, PATIENCE_S, answers, watched
 
-    address = open_cluster(config, store)
-    require_alike_nodes(store)
+    address = open_cluster(config, store.root)
+    require_alike_nodes(store.root, store.mirror)
     gone = ConnectError(f"the Ray cluster at {address} answers no more; what is committed stays. Resume the run.")
     lost = False
 

@@ -136,7 +136,9 @@ def result(outcome: RunResult) -> None:
     if outcome.endpoint:
         endpoint(outcome.endpoint, registered["name"], curl(outcome.endpoint, registered["name"]))
     _copyable(f"report    {outcome.directory / 'report.html'}")
-    _copyable(f"mlflow    {outcome.mlflow_uri}   (rankline ui --store {outcome.directory.parent})")
+    embedded = (outcome.directory.parent / "_mlflow").is_dir()
+    page = f"   (rankline ui --store {outcome.directory.parent})" if embedded else ""
+    _copyable(f"mlflow    {outcome.mlflow_uri}{page}")
 
 
 def _percent(value: float | None) -> str:

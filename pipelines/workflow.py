@@ -18,18 +18,19 @@ from types import FrameType
 from typing import Any
 
 from cluster.durable import UnitStore, canonical, peak_rss_bytes, sha256_bytes, write_atomic, write_json
-from cluster.errors import OutOfMemoryError
+from cluster.errors import OutOfMemoryError, StorageError
 from lowrank.reading import is_number, read_json
 from pipelines.artifacts import Manifest, Store, stage_key
 from pipelines.config import PipelineConfig, to_dict
 from pipelines.errors import GateError, Interrupted, LeaseError, PipelineError
 from pipelines.estimates import memory_advice
-from pipelines.lease import Lease, lease, store_in_use
+from pipelines.lease import HeldLease, store_in_use
 from pipelines.progress import ProgressBoard, StageProgress, hms
-from pipelines.records import read_record, write_record
+from pipelines.run_lease import run_lease
 from pipelines.sources import Sources, hash_sources
 from pipelines.stages import STAGES
 from pipelines.stages.base import Context, Stage
+from pipelines.store_checks import is_uri
 from pipelines.summary import headline, shown, summarise
 from pipelines.timeline import counts
 from pipelines.tracking import Tracker, flatten
@@ -88,10 +89,10 @@ def run(config: PipelineConfig, quiet: bool = False, verify: bool = False, log_j
     Raises:
         PipelineError, cluster.errors.ClusterError, lowrank.errors.LowRankError: see `pipelines.errors.exit_code`.
     """
-    store = Store(Path(config.store.path).resolve())
+    store = Store.of(config.store)
     directory = store.run_dir(config.name)
     directory.mkdir(parents=True, exist_ok=True)
-    with store_in_use(store.root), lease(directory / "lease.json") as held, ProgressBoard(quiet, log_json) as board:
+    with store_in_use(store.root), run_lease(config, store) as held, ProgressBoard(quiet, log_json) as board:
         line = Line(config, store, board, held, verify)
         try:
             return line.run()
@@ -104,7 +105,7 @@ class Line:
     """One pass of one driver over the stages of a pipeline."""
 
     def __init__(
-        self, config: PipelineConfig, store: Store, board: ProgressBoard, held: Lease, verify: bool = False
+        self, config: PipelineConfig, store: Store, board: ProgressBoard, held: HeldLease, verify: bool = False
     ) -> None:
         self.config, self.store, self.board, self.held = config, store, board, held
         self._verify, self._checked = verify, set[str]()
@@ -125,7 +126,8 @@ class Line:
         require_ready(self.config, self.sources, self.store)
         self._write_record("RUNNING")
         write_atomic(self.directory / "pipeline.yaml", portable_yaml(self.config))
-        with self._signals(), on_cluster(self.config, self.store.root):
+        self.store.publish(self.directory / "pipeline.yaml")
+        with self._signals(), on_cluster(self.config, self.store):
             self.tracker = self._track()
             for stage in STAGES:
                 self._check_stop(stage.name)
@@ -146,8 +148,8 @@ class Line:
         interrupted = isinstance(error, KeyboardInterrupt | Interrupted)
         try:
             self._write_record("INTERRUPTED" if interrupted else "FAILED", error=f"{type(error).__name__}: {error}")
-        except LeaseError:
-            return  # the run is another driver's now, and so are its records
+        except (LeaseError, StorageError):
+            return  # the run is another driver's now, and so are its records; or nobody takes one
         if self.tracker is not None and self.tracker.parent:
             with contextlib.suppress(PipelineError):
                 self.tracker.end("KILLED" if interrupted else "FAILED")
@@ -155,7 +157,7 @@ class Line:
     def _track(self) -> Tracker:
         tracker = Tracker(self.store.root, self.config.register.tracking_uri, self.config.register.experiment)
         self.store.remember_registry(tracker.uri)
-        previous = read_record(self.directory)
+        previous = self.store.read_record(self.config.name)
         same = previous.get("run_key") == run_key(self.keys)
         tags = {"rankline.run_key": run_key(self.keys), "rankline.name": self.config.name}
         tracker.begin(self.config.name, to_dict(self.config), tags, previous.get("mlflow_run_id") if same else None)
@@ -180,11 +182,12 @@ class Line:
         with self.tracker.stage(stage.name, key, stage.settings(self.config, self.sources)):
             manifest = self._execute(stage, store, progress)
             self._checked.add(stage.name)  # sealed just now
+            store.tell_ledger()
+            done = _commits(store) - before
             sidecar = self._write_sidecar(manifest, time.time() - began)
             numbers = {"stage_seconds": sidecar["seconds"], "stage_peak_rss_bytes": float(sidecar["peak_rss_bytes"])}
             facts = {k: float(v) for k, v in flatten(manifest.facts).items() if isinstance(v, int | float)}
             self.tracker.log(numbers | facts | counts(self.store.artifact(stage.name, key)))
-        done = _commits(store) - before
         progress.finish(f"{hms(time.time() - began)}  {len(manifest.files)} units, {done} made now")
         return _record(stage, manifest, sidecar, cached=False, done=done)
 
@@ -210,6 +213,7 @@ class Line:
             use_ray=True,
             stopping=self._stopping,
             say=self.board.say,
+            mirror=self.store.mirror,
         )
         try:
             outcome = stage.run(context)
@@ -238,13 +242,15 @@ class Line:
             "finished": time.time(),
             "nodes": sorted({side["node"] for side in sides}),
         }
-        write_json(self.store.artifact(manifest.stage, manifest.key) / "sidecar.json", sidecar)
+        path = self.store.artifact(manifest.stage, manifest.key) / "sidecar.json"
+        write_json(path, sidecar)
+        self.store.publish(path)
         return sidecar
 
     def _read_sidecar(self, manifest: Manifest) -> dict[str, Any]:
         path = self.store.artifact(manifest.stage, manifest.key) / "sidecar.json"
         try:
-            sidecar = read_json(path)
+            sidecar = read_json(self.store.obtain(path))
         except (FileNotFoundError, ValueError):  # a driver died just after the manifest
             sidecar = None
         fits = isinstance(sidecar, dict) and all(is_number(sidecar.get(n)) for n in ("seconds", "peak_rss_bytes"))
@@ -296,7 +302,7 @@ class Line:
             signal.signal(signal.SIGINT, previous)
 
     def _write_record(self, status: str, **extra: Any) -> None:
-        before = read_record(self.directory)
+        before = self.store.read_record(self.config.name)
         record = {
             "name": self.config.name,
             "run_key": run_key(self.keys),
@@ -310,10 +316,10 @@ class Line:
             "updated": time.time(),
         }
         with self.held.fenced():
-            write_record(self.directory, record | extra)
+            self.store.write_record(self.config.name, record | extra)
 
     def _finish(self, endpoint: dict[str, Any] | None) -> RunResult:
-        from pipelines.report import write_report
+        from pipelines.report import bring_for_report, write_report
 
         assert self.tracker is not None
         self.held.require()
@@ -330,10 +336,13 @@ class Line:
         result.summary.update(summarise(result))
         write_json(self.directory / "summary.json", result.summary)
         report, report_key = self.directory / "report.html", self._report_key(result)
-        if read_record(self.directory).get("report_key") != report_key or not report.is_file():
+        if self.store.read_record(self.config.name).get("report_key") != report_key or not report.is_file():
+            bring_for_report(self._artifacts(), self.store.mirror)
             write_report(report, self.config, result.summary, self._artifacts())  # seconds, for its pictures
+            self.store.publish(report)
             self.tracker.log_artifacts(report, run_id=self.tracker.parent)
         for file in ("summary.json", "pipeline.yaml"):
+            self.store.publish(self.directory / file)
             self.tracker.log_artifacts(self.directory / file, run_id=self.tracker.parent)
         self.tracker.log(headline(result.summary))
         self._write_record("FINISHED", endpoint=endpoint, report_key=report_key)
@@ -378,7 +387,8 @@ def portable_yaml(config: PipelineConfig) -> bytes:
     values = to_dict(config)
     for section, name in (("model", "source"), ("model", "tokenizer"), ("data", "train"), ("data", "heldout")):
         values[section][name] = _absolute(values[section][name])
-    values["store"]["path"] = str(Path(config.store.path).resolve())
+    if not is_uri(config.store.path):
+        values["store"]["path"] = str(Path(config.store.path).resolve())
     text: str = yaml.safe_dump(values, sort_keys=False)
     return text.encode()
 

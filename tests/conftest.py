@@ -14,6 +14,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+# for the S3 of tests, which takes any; yours stay out of it, and nobody asks the network for others
+os.environ["AWS_ACCESS_KEY_ID"] = "key-id-of-the-tests"
+os.environ["AWS_SECRET_ACCESS_KEY"] = "secret-of-the-tests"
+os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
+os.environ.pop("AWS_PROFILE", None)
+os.environ.pop("AWS_SESSION_TOKEN", None)
 
 import torch
 
@@ -33,3 +39,12 @@ def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     finally:
         session.disconnect()
         session.stop(store)
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[Any]:
+    """An S3 server on loopback (moto's), which counts what it is asked for."""
+    from object_stores import S3Server
+
+    with S3Server() as server:
+        yield server

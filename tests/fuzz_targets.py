@@ -151,7 +151,7 @@ def _read_unit(_root: Path, _store: Store, units: UnitStore) -> Any:
 def _read_run(root: Path, store: Store, _units: UnitStore) -> Any:
     read_record(root / "one")
     _run(store, "one")
-    verify(root, "one")
+    verify(store, "one")
     return known_run(store, "one", "verify")
 
 

@@ -108,7 +108,7 @@ def with_changes(config: PipelineConfig, **sections: Any) -> PipelineConfig:
 
 
 def store_of(config: PipelineConfig) -> Store:
-    return Store(Path(config.store.path).resolve())
+    return Store.of(config.store)
 
 
 def stage_units(config: PipelineConfig, stage: str) -> UnitStore:
@@ -127,9 +127,9 @@ def events(config: PipelineConfig, stage: str, event: str) -> Counter[str]:
 
 def unit_hashes(config: PipelineConfig, stage: str) -> dict[str, str]:
     """The hash of every unit of a finished stage; it covers the bytes of its files and its facts."""
-    directory = stage_units(config, stage).root
-    files: dict[str, str] = json.loads((directory / "manifest.json").read_text())["files"]
-    return files
+    manifest = store_of(config).read_manifest(stage, stage_units(config, stage).root.name)
+    assert manifest is not None, f"{stage} is not finished"
+    return manifest.files
 
 
 def ledger_lines(config: PipelineConfig) -> int:
@@ -154,7 +154,8 @@ class Driver:
     """One `rankline run` in a process of its own, as a user starts it."""
 
     def __init__(self, config: PipelineConfig, *arguments: str) -> None:
-        path = Path(config.store.path).parent / "pipeline.json"  # JSON is YAML
+        path = store_of(config).root.parent / "pipeline.json"  # JSON is YAML
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(to_dict(config)))
         self.config = config
         self.log = path.with_name(f"driver-{time.time_ns()}.log")
@@ -175,14 +176,18 @@ class Driver:
             if time.monotonic() > deadline:
                 self.kill()
                 raise AssertionError(f"not seen in {timeout_s:g} s:\n{self.text()}")
-            time.sleep(0.01)
+            time.sleep(0.01 if store_of(self.config).mirror is None else 0.1)
 
     def logged(self, stage: str, event: str, unit: str = "") -> Callable[[], bool]:
         """Whether the ledger of a stage holds such a line that it does not hold yet."""
-        root = store_of(self.config).root / "_artifacts" / stage
+        store = store_of(self.config)
+        root = store.root / "_artifacts" / stage
 
         def count() -> int:
-            stores = [UnitStore(path) for path in root.iterdir()] if root.is_dir() else []
+            names = [path.name for path in root.iterdir()] if root.is_dir() else []
+            if store.mirror is not None:
+                names = list(store.mirror.names(root, directories=True))
+            stores = [store.units(stage, name) for name in names]
             lines = [line for store in stores for line in store.ledger()]
             return sum(line["event"] == event and line["unit"].startswith(unit) for line in lines)
 
@@ -204,7 +209,7 @@ class Driver:
 
 def is_finished(config: PipelineConfig, stage: str) -> bool:
     """Whether a stage has its manifest."""
-    return (stage_units(config, stage).root / "manifest.json").is_file()
+    return store_of(config).read_manifest(stage, stage_units(config, stage).root.name) is not None
 
 
 class _Silent:
@@ -242,6 +247,7 @@ def run_serially(config: PipelineConfig, *stages: str) -> dict[str, Path]:
             progress=_Silent(),
             tracker=None,  # type: ignore[arg-type]
             use_ray=False,
+            mirror=store.mirror,
         )
         outcome = stage.run(context)
         inputs, settings = context.input_keys, stage.settings(config, sources)

@@ -22,9 +22,10 @@ from lines import (
 from safetensors.torch import load_file
 
 from cluster.metrics import steps_redone
+from cluster.train_job import METRICS_FILE
 from pipelines import PipelineConfig
+from pipelines.records import read_record
 from pipelines.tracking import RegistryReader, default_uri
-from pipelines.workflow import read_record
 
 #: stage -> (ledger event, unit) that a driver is killed upon.
 KILLS = {
@@ -58,13 +59,16 @@ def assert_resumed(config: PipelineConfig, whole: Any, kills: Mapping[str, int])
             assert set(committed.values()) == {1}, f"{stage}: committed twice"
     for stage in EXACT:
         assert unit_hashes(config, stage) == unit_hashes(whole.config, stage), stage
-    root = stage_units(config, "finetune").root
-    assert steps_redone(root) <= kills.get("finetune", 0) * config.finetune.checkpoint_every
-    file = "units/adapter/adapter_model.safetensors"
-    ours, theirs = load_file(root / file), load_file(stage_units(whole.config, "finetune").root / file)
+    units, name = stage_units(config, "finetune"), "adapter_model.safetensors"
+    assert (
+        steps_redone(units.obtain(METRICS_FILE).parent) <= kills.get("finetune", 0) * config.finetune.checkpoint_every
+    )
+    theirs = load_file(stage_units(whole.config, "finetune").file("adapter", name))
+    ours = load_file(units.file("adapter", name))
     assert set(ours) == set(theirs)
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name], atol=1e-4, rtol=0)
     summary = json.loads((store_of(config).run_dir(config.name) / "summary.json").read_text())
     assert summary["losses"] == pytest.approx(whole.result.summary["losses"], abs=1e-4)
-    assert len(RegistryReader(default_uri(store_of(config).root)).versions(config.name)) == 1, "registered twice"
+    registry = RegistryReader(config.register.tracking_uri or default_uri(store_of(config).root))
+    assert len(registry.versions(config.name)) == 1, "registered twice"

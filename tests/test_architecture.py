@@ -17,7 +17,7 @@ MAY_IMPORT = {"lowrank": {"lowrank"}, "cluster": {"lowrank", "cluster"}, "pipeli
 #: Third-party packages that only these places may import.
 ONLY_IN = {
     "mlflow": {"pipelines/tracking.py"},
-    "sqlalchemy": {"pipelines/tracking.py"},
+    "sqlalchemy": {"pipelines/tracking.py", "pipelines/lease_database.py"},
     "ray": {"cluster", "pipelines/session.py", "pipelines/stages/finetune.py"},
     "deepspeed": {"cluster"},
     "bitsandbytes": {"lowrank/quantization/nf4.py"},

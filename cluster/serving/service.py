@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.artifacts import ShardSet
 from cluster.config import ServeConfig
 from cluster.errors import ServeError
 from cluster.model import generation_defaults, load_tokenizer, starts_from_part
@@ -159,7 +158,7 @@ class Service:
         if spec.base_model_id in source.model_ids():
             raise ServeError(f"serve {spec.app_name}: the base and an adapter are both called {spec.base_model_id!r}.")
         required = list(dict.fromkeys(source.resolve(model_id) for model_id in spec.required))
-        tokenizer = load_tokenizer(spec.source.shards)
+        tokenizer = load_tokenizer(spec.source.shard_set)
         engine, holder = _engine(spec, config, copy.deepcopy(tokenizer), required)
         base = spec.base_model_id, INITIAL if starts_from_part(spec.source) else None
         service = cls(engine, holder, tokenizer, base, source, config, spec.source.base_facts)
@@ -377,7 +376,7 @@ def _engine(
     from lowrank.resident import make_adaptable
 
     model = _build(spec)
-    linears = [linear.name for linear in ShardSet(spec.source.shards).architecture.linears]
+    linears = [linear.name for linear in spec.source.shard_set.architecture.linears]
     make_adaptable(model, linears, {name for one in required for name in _saved_names(spec.adapters.fetch(one))})
     eos = generation_defaults(model)["eos"] or [tokenizer.eos_token_id]
     return Engine(model, tokenizer, eos, config.max_concurrent, config.max_waiting), ModelHolder(model)

@@ -11,8 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from cluster.durable import UnitStore
+from cluster.durable import UnitStore, units_at
 from cluster.model import ModelSource
+from cluster.objects import Mirror
 from pipelines.artifacts import Store
 from pipelines.config import PipelineConfig
 from pipelines.model_source import model_source
@@ -58,10 +59,17 @@ class Context:
     """Whether the user has asked to stop after the units in flight."""
     say: Callable[[str], None] = lambda _: None
     """Tells the user something beside the progress."""
+    mirror: Mirror | None = None
+    """Of an object store: what `store` and `inputs` are mirrored from; goes with every job to its worker."""
+
+    def input(self, name: str) -> UnitStore:
+        """The units of an earlier stage."""
+        return units_at(self.inputs[name], self.mirror)
 
     def run_units(self, fn: Callable[[Any], Any], jobs: dict[str, Any], num_cpus: float = 1.0, extra: int = 0) -> None:
         """Run `fn(job)` for every unit that is not committed yet; `extra` units follow that the driver makes itself."""
-        missing = {unit: job for unit, job in jobs.items() if not self.store.is_committed(unit)}
+        there = self.store.committed(jobs)
+        missing = {unit: job for unit, job in jobs.items() if unit not in there}
         self.progress.total(len(jobs) + extra, len(jobs) - len(missing))
         names = {id(job): unit for unit, job in missing.items()}
 
@@ -71,10 +79,11 @@ class Context:
 
         if missing:
             self.runner(fn, list(missing.values()), num_cpus=num_cpus, on_done=done)
+        self.store.bring(jobs)
 
     def model_source(self, adapter_dir: Path | None = None) -> ModelSource:
         """Where the parts of this run's model lie; for stages after `quantize`."""
-        store = Store(Path(self.config.store.path).resolve())
+        store = Store.of(self.config.store)
         return model_source(self.config, store, self.input_keys, adapter_dir)
 
     def commit(self, unit: str, write: Callable[[Path], dict[str, Any] | None], counted: bool = True) -> None:

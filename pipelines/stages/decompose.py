@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.architecture import LinearSpec, select_targets
 from cluster.artifacts import ShardSet
-from cluster.durable import UnitStore
+from cluster.durable import UnitStore, units_at
+from cluster.objects import Mirror
 from lowrank.config import DecomposeConfig
 from pipelines.config import PipelineConfig, result_fields
 from pipelines.sources import Sources
@@ -39,6 +40,17 @@ class DecomposeJob:
     config: DecomposeConfig
     use_ray: bool
     task_cpus: float
+    mirror: Mirror | None = None
+
+    @property
+    def store(self) -> UnitStore:
+        """Where the unit goes."""
+        return units_at(self.root, self.mirror)
+
+    @property
+    def shard_set(self) -> ShardSet:
+        """Where the weights are."""
+        return ShardSet(self.shards, self.mirror)
 
 
 def settings(config: PipelineConfig, sources: Sources) -> dict[str, Any]:
@@ -48,11 +60,11 @@ def settings(config: PipelineConfig, sources: Sources) -> dict[str, Any]:
 
 def run(ctx: Context) -> Outcome:
     """One unit per target tensor or stack, largest first, the slices of stacks, spectra for a budget, and `index`."""
-    shards = ShardSet(ctx.inputs["shard"])
+    shards = ShardSet(ctx.inputs["shard"], ctx.mirror)
     targets = select_targets(shards.architecture, ctx.config.decompose.target_modules)
     config, cpus = ctx.config.decompose, ctx.config.cluster.task_cpus
     jobs = {
-        unit: DecomposeJob(ctx.store.root, shards.path, unit, modules, config, ctx.use_ray, cpus)
+        unit: DecomposeJob(ctx.store.root, shards.path, unit, modules, config, ctx.use_ray, cpus, ctx.mirror)
         for unit, modules in groups(targets, config.stack)
     }
     spectra = [f"spectrum.{unit}" for unit in jobs] if config.budget else []
@@ -122,7 +134,7 @@ def stored_matrix(shards: ShardSet, modules: Sequence[str], block_bytes: int) ->
 
 def spectrum_unit(job: DecomposeJob) -> None:
     """Commit all singular values of one tensor, for the ranks under a budget."""
-    UnitStore(job.root).commit(f"spectrum.{job.unit}", partial(_spectrum, job))
+    job.store.commit(f"spectrum.{job.unit}", partial(_spectrum, job))
 
 
 def _spectrum(job: DecomposeJob, directory: Path) -> dict[str, Any]:
@@ -130,7 +142,7 @@ def _spectrum(job: DecomposeJob, directory: Path) -> dict[str, Any]:
 
     from lowrank.spectra import stored_singular_values
 
-    matrix = stored_matrix(ShardSet(job.shards), job.modules, job.config.block_bytes)
+    matrix = stored_matrix(job.shard_set, job.modules, job.config.block_bytes)
     sigma = stored_singular_values(matrix, _executor(job, len(matrix.blocks)))
     save_file({"sigma": sigma}, directory / "spectrum.safetensors")
     return {"module": job.unit, "shape": list(matrix.shape)}
@@ -147,7 +159,7 @@ def _allocate(
     spectra = []
     for job in jobs:
         unit = f"spectrum.{job.unit}"
-        sigma = load_file(store.path(unit) / "spectrum.safetensors")["sigma"]
+        sigma = load_file(store.file(unit, "spectrum.safetensors"))["sigma"]
         energy = float(sigma.square().sum())
         m, n = store.read(unit).facts["shape"]
         spectra.append(Spectrum(job.unit, (m, n), sigma, importance=1 / energy if energy else 1.0))
@@ -158,13 +170,13 @@ def _allocate(
 
 def decompose_unit(job: DecomposeJob) -> None:
     """Decompose one tensor, or one stack, and commit it."""
-    UnitStore(job.root).commit(job.unit, partial(_decompose, job))
+    job.store.commit(job.unit, partial(_decompose, job))
 
 
 def slice_unit(part: tuple[DecomposeJob, str]) -> None:
     """Commit one weight's share of a stack that is done."""
     job, module = part
-    UnitStore(job.root).commit(module, partial(_write_slice, job, job.modules.index(module)))
+    job.store.commit(module, partial(_write_slice, job, job.modules.index(module)))
 
 
 def _decompose(job: DecomposeJob, directory: Path) -> dict[str, Any]:
@@ -172,7 +184,7 @@ def _decompose(job: DecomposeJob, directory: Path) -> dict[str, Any]:
     from lowrank.rank import RankRule
 
     config = job.config
-    matrix = stored_matrix(ShardSet(job.shards), job.modules, config.block_bytes)
+    matrix = stored_matrix(job.shard_set, job.modules, config.block_bytes)
     rule = None
     if METHODS[config.method].max_rank is not None:
         rule = RankRule(rank=config.rank, energy=config.energy, error=config.error, max_rank=config.max_rank)
@@ -208,11 +220,11 @@ def _write_slice(job: DecomposeJob, index: int, directory: Path) -> dict[str, An
     from lowrank.executor import SerialExecutor
     from lowrank.factors import Decomposition, FitReport, load_factors
 
-    store, module = UnitStore(job.root), job.modules[index]
-    stack: Any = load_factors(store.path(job.unit) / "factors.safetensors")
+    store, module = job.store, job.modules[index]
+    stack: Any = load_factors(store.file(job.unit, "factors.safetensors"))
     known = store.read(job.unit).facts
     report = FitReport(**{item.name: known.get(item.name, 0.0) for item in fields(FitReport)})
-    matrix = stored_matrix(ShardSet(job.shards), [module], job.config.block_bytes)
+    matrix = stored_matrix(job.shard_set, [module], job.config.block_bytes)
     factors: Factors = stack.slice(index)
     total = matrix.squared_norm(SerialExecutor())
     error = (matrix.squared_residual(factors, SerialExecutor()) / total) ** 0.5 if total else 0.0
@@ -254,7 +266,7 @@ def _write_index(store: UnitStore, modules: list[str], directory: Path) -> dict[
     pq.write_table(pa.Table.from_pylist(reports), directory / "index.parquet")
     spectra = []
     for module in modules:
-        values = load_file(store.path(module) / "spectrum.safetensors")["spectrum"].double()
+        values = load_file(store.file(module, "spectrum.safetensors"))["spectrum"].double()
         spectra += [{"module": module, "index": i, "sigma": sigma} for i, sigma in enumerate(values.tolist())]
     schema = pa.schema([("module", pa.string()), ("index", pa.int64()), ("sigma", pa.float64())])
     pq.write_table(pa.Table.from_pylist(spectra, schema), directory / "spectra.parquet")

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from cluster.artifacts import SplitSet
-from cluster.durable import UnitStore, canonical, sha256_bytes
+from cluster.durable import UnitStore, canonical, sha256_bytes, units_at
+from cluster.errors import DamagedError
 from cluster.evaluate import ScoreJob, majority, paired_interval, sample_answers, score, summarise
 from cluster.model import ModelSource, Variant
 from pipelines.config import PipelineConfig, result_fields
@@ -40,6 +41,11 @@ class EvaluateJob:
     shared: Path | None = None
     """Where records that other runs may use are kept; None for what training changes."""
 
+    @property
+    def store(self) -> UnitStore:
+        """Where the unit goes, and where its tokens are."""
+        return units_at(self.root, self.score.source.mirror)
+
 
 def settings(config: PipelineConfig, sources: Sources) -> dict[str, Any]:
     """What decides the figures."""
@@ -52,7 +58,7 @@ def run(ctx: Context) -> Outcome:
 
     source = ctx.model_source(ctx.inputs["finetune"] / "units" / "adapter")
     data = ctx.config.data
-    meta = ctx.inputs["shard"] / "units" / "meta"
+    meta = ctx.input("shard")
 
     def write_tokens(directory: Path) -> dict[str, Any]:
         facts = prepare_tokens(data.heldout, meta, data, directory, use_ray=ctx.use_ray)
@@ -60,8 +66,8 @@ def run(ctx: Context) -> Outcome:
         return facts
 
     ctx.commit("tokens", write_tokens, counted=False)
-    tokens = ctx.store.path("tokens") / "tokens.parquet"
-    refuse_duplicates(ctx.inputs["finetune"] / "units" / "train-tokens" / "tokens.parquet", tokens)
+    tokens = ctx.store.fetch("tokens") / "tokens.parquet"
+    refuse_duplicates(ctx.input("finetune").fetch("train-tokens") / "tokens.parquet", tokens)
     labels = tuple(label_set([tokens], data) or ())
     jobs = plan_jobs(ctx, source, tokens, labels)
     ctx.run_units(evaluate_unit, jobs, extra=1)
@@ -117,27 +123,31 @@ def _shared(ctx: Context, variant: Variant) -> Path:
     }
     if variant == "nf4":
         parts = ("module", "block_size", "double_quant")
-        decisive["nf4"] = [[record[part] for part in parts] for record in SplitSet(ctx.inputs["quantize"]).records]
+        decisive["nf4"] = [
+            [record[part] for part in parts] for record in SplitSet(ctx.inputs["quantize"], ctx.mirror).records
+        ]
     return ctx.store.root.parents[1] / "scores" / sha256_bytes(canonical(decisive))[:20]
 
 
 def evaluate_unit(job: EvaluateJob) -> None:
     """Score one unit and commit its records."""
-    UnitStore(job.root).commit(job.unit, partial(_score, job))
+    job.store.fetch("tokens")
+    job.store.commit(job.unit, partial(_score, job))
 
 
 def _score(job: EvaluateJob, directory: Path) -> dict[str, Any]:
     if job.shared is None:
         return _write_records(job, directory)
-    kept, kind = UnitStore(job.shared), "samples" if job.unit.endswith("-samples") else "rows"
+    kept, kind = units_at(job.shared, job.score.source.mirror), "samples" if job.unit.endswith("-samples") else "rows"
     unit = f"{kind}-{job.score.start:06d}-{job.score.stop:06d}"
     if kept.is_committed(unit):
         try:
+            kept.fetch(unit)
             kept.read(unit, verify=True)
-        except ValueError:
+        except (ValueError, DamagedError):
             kept.discard(unit)
     facts = kept.commit(unit, partial(_write_records, job)).facts
-    shutil.copyfile(kept.path(unit) / "records.json", directory / "records.json")
+    shutil.copyfile(kept.file(unit, "records.json"), directory / "records.json")
     return facts
 
 
@@ -153,7 +163,7 @@ def _write_summary(
     records: dict[str, list[dict[str, Any]]] = {variant: [] for variant in VARIANTS}
     samples: list[dict[str, Any]] = []
     for unit in units:
-        found = json.loads((store.path(unit) / "records.json").read_text())
+        found = json.loads(store.file(unit, "records.json").read_text())
         (samples if unit.endswith("-samples") else records[unit.rpartition("-")[0]]).extend(found)
     summary: dict[str, Any] = {variant: summarise(rows, labels) for variant, rows in records.items()}
     summary |= {"labels": list(labels), "metric": metric, "samples": samples}

@@ -44,12 +44,14 @@ def run(ctx: Context) -> Outcome:
         storage=ctx.store.root / "ray-train",
         name=f"finetune-{ctx.key}",
         use_gpu=_has_gpu(ctx.use_ray),
+        mirror=ctx.mirror,
     )
     outcome = train(job, on_progress=_reporter(ctx, _total_steps(tune, train_tokens)), say=ctx.say)
     units = ["train-tokens", *(["heldout-tokens"] if tune.eval_every else []), "adapter"]
     replaced = ctx.config.decompose.mode == "replace"
-    if not replaced and _is_lora(ctx.store.path("adapter")):  # factors in W's place are no change of W
-        ctx.commit("plain-lora", partial(_export_plain, source, ctx.store.path("adapter")), False)
+    adapter = ctx.store.fetch("adapter")
+    if not replaced and _is_lora(adapter):  # factors in W's place are no change of W
+        ctx.commit("plain-lora", partial(_export_plain, source, adapter), False)
         units.append("plain-lora")
     facts = {
         "global_step": outcome.global_step,
@@ -74,7 +76,7 @@ def _is_lora(adapter: Path) -> bool:
 def _prepare(ctx: Context) -> tuple[Path, Path | None]:
     from cluster.data import prepare_tokens, refuse_duplicates
 
-    data, meta = ctx.config.data, ctx.inputs["shard"] / "units" / "meta"
+    data, meta = ctx.config.data, ctx.input("shard")
 
     def tokens(part: Literal["train", "heldout"], use_ray: bool = ctx.use_ray) -> Callable[[Path], dict[str, Any]]:
         def write(out: Path) -> dict[str, Any]:
@@ -85,10 +87,10 @@ def _prepare(ctx: Context) -> tuple[Path, Path | None]:
         return write
 
     ctx.commit("train-tokens", tokens("train"), False)
-    train_tokens = ctx.store.path("train-tokens") / "tokens.parquet"
+    train_tokens = ctx.store.fetch("train-tokens") / "tokens.parquet"
     if ctx.config.finetune.eval_every:
         ctx.commit("heldout-tokens", tokens("heldout"), False)
-        heldout = ctx.store.path("heldout-tokens") / "tokens.parquet"
+        heldout = ctx.store.fetch("heldout-tokens") / "tokens.parquet"
         refuse_duplicates(train_tokens, heldout)
         return train_tokens, heldout
     with tempfile.TemporaryDirectory() as scratch:

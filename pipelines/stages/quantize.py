@@ -9,7 +9,8 @@ from typing import Any
 
 from cluster.architecture import select_targets
 from cluster.artifacts import ShardSet, save_split
-from cluster.durable import UnitStore
+from cluster.durable import UnitStore, units_at
+from cluster.objects import Mirror
 from lowrank.config import QuantizeConfig
 from pipelines.config import PipelineConfig, result_fields
 from pipelines.sources import Sources
@@ -26,6 +27,7 @@ class QuantizeJob:
     module: str
     method: str
     config: QuantizeConfig
+    mirror: Mirror | None = None
 
 
 def settings(config: PipelineConfig, sources: Sources) -> dict[str, Any]:
@@ -35,11 +37,14 @@ def settings(config: PipelineConfig, sources: Sources) -> dict[str, Any]:
 
 def run(ctx: Context) -> Outcome:
     """One unit per target tensor, and `index`."""
-    shards = ShardSet(ctx.inputs["shard"])
+    shards = ShardSet(ctx.inputs["shard"], ctx.mirror)
     modules = [spec.name for spec in select_targets(shards.architecture, ctx.config.decompose.target_modules)]
     config, factors = ctx.config.quantize, ctx.inputs["decompose"] / "units"
     method = "replace" if ctx.config.decompose.mode == "replace" else config.method
-    jobs = {module: QuantizeJob(ctx.store.root, shards.path, factors, module, method, config) for module in modules}
+    jobs = {
+        module: QuantizeJob(ctx.store.root, shards.path, factors, module, method, config, ctx.mirror)
+        for module in modules
+    }
     ctx.run_units(quantize_unit, jobs, num_cpus=ctx.config.cluster.task_cpus, extra=1)
     ctx.commit("index", partial(_write_index, ctx.store, modules))
     records = [ctx.store.read(module).facts for module in modules]
@@ -68,7 +73,7 @@ STAGE = Stage(
 
 def quantize_unit(job: QuantizeJob) -> None:
     """Quantize one tensor and commit it."""
-    UnitStore(job.root).commit(job.module, partial(_quantize, job))
+    units_at(job.root, job.mirror).commit(job.module, partial(_quantize, job))
 
 
 def _quantize(job: QuantizeJob, directory: Path) -> dict[str, Any]:
@@ -76,10 +81,10 @@ def _quantize(job: QuantizeJob, directory: Path) -> dict[str, Any]:
     from lowrank.quantization.residual import split_weight
 
     config = job.config
-    weight = ShardSet(job.shards).load(f"{job.module}.weight")
+    weight = ShardSet(job.shards, job.mirror).load(f"{job.module}.weight")
     factors = None
     if job.method != "nf4":
-        factors = load_factors(job.factors / job.module / "factors.safetensors")
+        factors = load_factors(units_at(job.factors.parent, job.mirror).file(job.module, "factors.safetensors"))
     split = split_weight(
         job.module,
         weight,

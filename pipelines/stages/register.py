@@ -14,7 +14,7 @@ from typing import Any
 
 from cluster.durable import canonical, sha256_bytes
 from pipelines.config import PipelineConfig, result_fields
-from pipelines.report import model_card, write_plots
+from pipelines.report import bring_for_report, model_card, write_plots
 from pipelines.sources import Sources
 from pipelines.stages.base import Context, Outcome, Stage
 
@@ -39,13 +39,13 @@ def evaluation_hash(config: PipelineConfig, sources: Sources) -> str:
 
 def run(ctx: Context) -> Outcome:
     """Bundle, register, move the alias or say why not."""
-    evaluation = json.loads((ctx.inputs["evaluate"] / "units" / "summary" / "evaluation.json").read_text())
+    evaluation = json.loads(ctx.input("evaluate").file("summary", "evaluation.json").read_text())
     ctx.progress.total(2)
     tags = _tags(ctx, evaluation)
     ctx.commit("bundle", partial(_write_bundle, ctx, evaluation, tags))
     registered = ctx.tracker.register(
         ctx.config.register.name or ctx.config.name,
-        ctx.store.path("bundle"),
+        ctx.store.fetch("bundle"),
         tags,
         ctx.config.register.alias,
         partial(refusal, evaluation, tags, ctx.config.evaluate.metric),
@@ -108,23 +108,25 @@ def _plain_losses(ctx: Context, plain: Path) -> dict[str, Any]:
     """What `plain_lora/` costs over the original weights, on held-out rows."""
     from cluster.export import losses_over_original
 
-    tokens = ctx.inputs["evaluate"] / "units" / "tokens" / "tokens.parquet"
-    adapter = ctx.inputs["finetune"] / "units" / "adapter"
+    tokens = ctx.input("evaluate").file("tokens", "tokens.parquet")
+    adapter = ctx.input("finetune").fetch("adapter")
     return losses_over_original(ctx.model_source(), adapter, plain, tokens)
 
 
 def _write_bundle(
     ctx: Context, evaluation: Mapping[str, Any], tags: Mapping[str, str], directory: Path
 ) -> dict[str, Any]:
-    finetune = ctx.inputs["finetune"] / "units"
+    finetune = ctx.input("finetune")
     for unit, name in (("adapter", "adapter"), ("plain-lora", "plain_lora")):
-        if not (finetune / unit).is_dir():
+        if not finetune.is_committed(unit):
             continue
-        shutil.copytree(finetune / unit, directory / name, ignore=shutil.ignore_patterns("unit.json", "sidecar.json"))
+        left_out = shutil.ignore_patterns("unit.json", "sidecar.json")
+        shutil.copytree(finetune.fetch(unit), directory / name, ignore=left_out)
     if (directory / "plain_lora").is_dir() and ctx.config.finetune.base == "nf4":
         evaluation = {**evaluation, "plain_lora": _plain_losses(ctx, directory / "plain_lora")}
     (directory / "lineage.json").write_text(json.dumps(dict(tags), indent=2, sort_keys=True))
     (directory / "evaluation.json").write_text(json.dumps(evaluation, indent=2, sort_keys=True))
     (directory / "README.md").write_text(model_card(ctx.config, evaluation, tags))
+    bring_for_report(ctx.inputs, ctx.mirror)
     write_plots(ctx.inputs, directory / "plots")
     return {"num_files": sum(1 for path in directory.rglob("*") if path.is_file())}

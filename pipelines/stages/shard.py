@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.architecture import Architecture
-from cluster.durable import UnitStore
+from cluster.durable import UnitStore, units_at
 from cluster.errors import ModelError
+from cluster.objects import Mirror
 from pipelines.config import PipelineConfig, result_fields
 from pipelines.sources import ModelFiles, Sources, Stamps, meta_files, require_stamps
 from pipelines.stages.base import Context, Outcome, Stage
@@ -51,6 +52,7 @@ class ShardJob:
     rows: tuple[Rows, ...]
     stamps: Stamps = ()
     """Of the model's files; a unit that read others is refused."""
+    mirror: Mirror | None = None
 
 
 def settings(config: PipelineConfig, sources: Sources) -> dict[str, Any]:
@@ -64,8 +66,8 @@ def run(ctx: Context) -> Outcome:
         architecture, plan = _write_shards(ctx)
         ctx.sources.require_model()
     except ModelError:  # nobody can tell which units came from the other model
-        for unit in (ctx.store.root / "units").glob("*"):
-            ctx.store.discard(unit.name)
+        for unit in ctx.store.all_committed():
+            ctx.store.discard(unit)
         raise
     shards = [f"shard-{index:05d}" for index in range(len(plan))]
     ctx.commit("index", partial(_write_index, ctx.store, shards))
@@ -82,11 +84,11 @@ def run(ctx: Context) -> Outcome:
 def _write_shards(ctx: Context) -> tuple[Architecture, list[list[Rows]]]:
     """`meta` and all shards; the architecture and what each shard holds."""
     model, stamps = ctx.sources.model, ctx.sources.model_stamps
-    ctx.run_units(write_meta_unit, {"meta": ShardJob(ctx.store.root, "meta", model, (), stamps)})
-    architecture = Architecture.load(ctx.store.path("meta") / "architecture.json")
+    ctx.run_units(write_meta_unit, {"meta": ShardJob(ctx.store.root, "meta", model, (), stamps, ctx.mirror)})
+    architecture = Architecture.load(ctx.store.file("meta", "architecture.json"))
     plan = plan_shards(resolve_rows(model.checkpoint(), architecture), ctx.config.shard.shard_bytes)
     jobs = {
-        f"shard-{index:05d}": ShardJob(ctx.store.root, f"shard-{index:05d}", model, tuple(rows), stamps)
+        f"shard-{index:05d}": ShardJob(ctx.store.root, f"shard-{index:05d}", model, tuple(rows), stamps, ctx.mirror)
         for index, rows in enumerate(plan)
     }
     ctx.run_units(write_shard_unit, jobs, extra=1)
@@ -109,7 +111,7 @@ def _row_bytes(rows: Rows) -> int:
 
 def write_meta_unit(job: ShardJob) -> None:
     """Write config, tokenizer and architecture as a unit."""
-    UnitStore(job.root).commit(job.unit, partial(_write_meta, job))
+    units_at(job.root, job.mirror).commit(job.unit, partial(_write_meta, job))
 
 
 def _write_meta(job: ShardJob, directory: Path) -> dict[str, Any]:
@@ -203,7 +205,7 @@ def plan_shards(tensors: list[Rows], shard_bytes: int) -> list[list[Rows]]:
 
 def write_shard_unit(job: ShardJob) -> None:
     """Write one shard file as a unit; its facts hold bytes and sha256 of every piece."""
-    UnitStore(job.root).commit(job.unit, partial(_write_shard, job))
+    units_at(job.root, job.mirror).commit(job.unit, partial(_write_shard, job))
 
 
 def _write_shard(job: ShardJob, directory: Path) -> dict[str, Any]:

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 from lines import tiny_pipeline
+from nodes import ROOT, add_node_behind
 
 import lowrank.errors
 from cluster import session
 from cluster.node_check import versions
 from pipelines.config import to_dict
 
-ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.timeout(300)]
 
 
@@ -35,15 +35,6 @@ def three_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any,
         yield head, store
     finally:
         session.stop(cluster)
-
-
-def add_node_behind(mount: str, cluster: Path) -> None:
-    """One more node, whose file system differs by one mount."""
-    add = f"from pathlib import Path; from cluster import session; session.add_node(Path({str(cluster)!r}), num_cpus=1)"
-    command = ["unshare", "--mount", "sh", "-c", f'{mount} && exec "$@"', "sh", sys.executable, "-c", add]
-    added = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if added.returncode != 0:
-        pytest.skip(f"no mount namespaces here: {added.stderr[-200:]}")
 
 
 def test_what_differs_is_told_by_node(three_nodes: tuple[Any, Path]) -> None:

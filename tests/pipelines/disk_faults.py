@@ -24,7 +24,7 @@ from lines import run_serially, store_of, tiny_pipeline, unit_hashes, with_chang
 from pipelines import maintenance
 from pipelines.errors import exit_code
 from pipelines.lease import lease, store_in_use
-from pipelines.workflow import write_record
+from pipelines.records import write_record
 
 STAGES = ("shard", "decompose", "quantize")
 
@@ -78,9 +78,9 @@ def main() -> None:
         finally:
             library.faults_arm(ctypes.c_long(-1), 0, 0)
         seen[outcome] += 1
-        if problems := maintenance.verify(store_of(earlier).root, "earlier")["problems"]:
+        if problems := maintenance.verify(store_of(earlier), "earlier")["problems"]:
             wrong.append(f"call {call}: the earlier run is damaged: {problems}")
-        if attempt(config) != expected or maintenance.verify(store_of(config).root, "later")["problems"]:
+        if attempt(config) != expected or maintenance.verify(store_of(config), "later")["problems"]:
             wrong.append(f"call {call}: going on gave something else")
     print(json.dumps({"calls": calls, "tried": len(tried), "seen": seen, "wrong": wrong}))
 

@@ -60,7 +60,7 @@ EXECUTION = {
         "request_timeout_s",
     },
     "cluster": {"address", "num_cpus", "max_in_flight", "task_cpus", "token_file"},
-    "store": {"path"},
+    "store": {"path", "cache", "lease"},
 }
 
 

@@ -16,7 +16,7 @@ from resumed import KILLS, STAGES, assert_resumed
 from soak import SEED, amount, record
 
 from pipelines import maintenance
-from pipelines.workflow import write_record
+from pipelines.records import write_record
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(1200)]
 
@@ -78,7 +78,7 @@ def test_a_disk_that_fills_up(whole_line: Any, ray_head: Any, tmpfs: Path) -> No
         seen.append(f"{stage}: exit {code}")
         if code != 3 or "Go on with" not in driver.text():
             wrong.append(f"{stage}: exit {code}: {driver.text()[-600:]}")
-        if problems := maintenance.verify(store_of(earlier).root, "earlier")["problems"]:
+        if problems := maintenance.verify(store_of(earlier), "earlier")["problems"]:
             wrong.append(f"{stage}: the earlier run is damaged: {problems}")
         resize(tmpfs, 8 * 2**30)
     again = Driver(config)

@@ -23,7 +23,7 @@ import pipelines.lease
 from cluster.durable import UnitStore
 from pipelines.errors import LeaseError
 from pipelines.lease import holder, lease
-from pipelines.workflow import read_record, write_record
+from pipelines.records import read_record, write_record
 
 INTERLEAVINGS, UNITS, ATTEMPTS, DELETIONS = 200, 3, 4, 8
 #: How likely another one goes on: several steps in a row let a whole claim fall between two steps of the other.

@@ -124,12 +124,12 @@ def test_damage_is_found_before_it_is_used(whole_line: Any, tmp_path: Path) -> N
             with pytest.raises(ArtifactError, match=r"use finetune: .*adapter_model\.safetensors is damaged") as caught:
                 run(with_changes(config, **change), quiet=True, verify=verify)
             assert exit_code(caught.value) == 3
-        found = maintenance.verify(store_of(config).root, "tiny")
+        found = maintenance.verify(store_of(config), "tiny")
         assert [stage["stage"] for stage in found["stages"] if stage["state"] == "damaged"] == ["finetune"]
     finally:
         path.write_bytes(whole)
     run(config, quiet=True, verify=True)
-    assert maintenance.verify(store_of(config).root, "tiny")["problems"] == []
+    assert maintenance.verify(store_of(config), "tiny")["problems"] == []
 
 
 def cached(config: Any) -> list[str]:
@@ -226,7 +226,12 @@ def test_base_scores_are_kept_by_what_decides_them(whole_line: Any, tmp_path: Pa
         keys = stage_keys(config, sources)
         inputs = {"quantize": store_of(config).artifact("quantize", stage_keys(whole_line.config, sources)["quantize"])}
         context: Any = SimpleNamespace(
-            config=config, sources=sources, store=stage_units(config, "evaluate"), inputs=inputs, input_keys=keys
+            config=config,
+            sources=sources,
+            store=stage_units(config, "evaluate"),
+            inputs=inputs,
+            input_keys=keys,
+            mirror=None,
         )
         return evaluate._shared(context, variant)
 

@@ -19,8 +19,8 @@ from pipelines.cli import main
 from pipelines.errors import ArtifactError, ConfigError, LeaseError, exit_code
 from pipelines.lease import lease, store_in_use
 from pipelines.maintenance import collect, garbage, verify
+from pipelines.records import write_record
 from pipelines.tracking import Tracker, default_uri
-from pipelines.workflow import write_record
 
 STAGES = ("shard", "quantize", "finetune")
 
@@ -66,7 +66,7 @@ def store(tmp_path: Path) -> Store:
 def test_any_flipped_bit_is_found_and_its_file_named(store: Store) -> None:
     """1,000 of them in units' files, units' and stages' manifests and the record of the run."""
     make_run(store, "one", 0)
-    assert verify(store.root, "one")["problems"] == []
+    assert verify(store, "one")["problems"] == []
     files = [path for path in sorted(store.root.rglob("*")) if path.is_file() and "ledger" not in path.parts
              and path.name not in ("sidecar.json",)]  # fmt: skip
     assert {path.name for path in files} == {"weights.bin", "more.json", "unit.json", "manifest.json", "run.json"}
@@ -79,7 +79,7 @@ def test_any_flipped_bit_is_found_and_its_file_named(store: Store) -> None:
         flipped[place // 8] ^= 1 << place % 8
         path.write_bytes(flipped)
         try:
-            problems = verify(store.root, "one")["problems"]
+            problems = verify(store, "one")["problems"]
         except ConfigError as error:  # a record that cannot be read
             problems = [f"{path}: {error}"] if path.name == "run.json" else []
         if not any(str(path) in problem for problem in problems):
@@ -89,13 +89,13 @@ def test_any_flipped_bit_is_found_and_its_file_named(store: Store) -> None:
         path.write_bytes(whole)
     record("a bit flipped anywhere in shards, manifests, adapters, records", 1000, missed, "found, the file named")
     assert missed == []
-    assert verify(store.root, "one")["problems"] == []
+    assert verify(store, "one")["problems"] == []
 
 
 def refused(store: Store) -> bool:
     """Whether `rankline gc` takes nothing away after a record is damaged."""
     try:
-        return garbage(store.root) == []
+        return garbage(store) == []
     except ArtifactError:
         return True
 
@@ -110,7 +110,7 @@ def test_gc_believes_no_doubtful_record(store: Store, capsys: pytest.CaptureFixt
         assert main(["gc", "--delete", "--store", str(store.root)]) == 3, text
         assert "nobody else knows what run one needs" in capsys.readouterr().err
     path.write_text(whole)
-    assert garbage(store.root) == []
+    assert garbage(store) == []
 
 
 def test_gc_leaves_links_and_files_alone_and_goes_on_after_an_error(
@@ -125,7 +125,7 @@ def test_gc_leaves_links_and_files_alone_and_goes_on_after_an_error(
     (store.root / "_artifacts" / "shard" / ".nfs001").write_text("")
     (store.root / "_artifacts" / "scores" / "of-a-base").mkdir(parents=True)  # shared by runs
     lost = [store.artifact("quantize", finish(store, "quantize", salt)) for salt in (1, 2)]
-    assert {one.path for one in garbage(store.root)} == set(lost)
+    assert {one.path for one in garbage(store)} == set(lost)
     stuck, remove = sorted(lost)[0], shutil.rmtree
 
     def rmtree(path: Path) -> None:
@@ -135,7 +135,7 @@ def test_gc_leaves_links_and_files_alone_and_goes_on_after_an_error(
 
     monkeypatch.setattr(shutil, "rmtree", rmtree)
     with pytest.raises(ArtifactError, match=r"could not remove .*busy.* The other 1 went"):
-        collect(store.root)
+        collect(store)
     assert [path.exists() for path in sorted(lost)] == [True, False]
     assert elsewhere.read_manifest("shard", key) is not None
 
@@ -150,9 +150,9 @@ def test_a_registry_is_remembered_when_its_run_is_gone(store: Store, tmp_path_fa
     with tracker.stage("register", "register-key", {}):
         tracker.register("model", other / "README.md", tags, "champion", lambda holder: "")
     tracker.end("FINISHED")
-    assert len(garbage(store.root)) == 3, "nobody has told of it"
+    assert len(garbage(store)) == 3, "nobody has told of it"
     store.remember_registry(tracker.uri)
-    assert garbage(store.root) == []
+    assert garbage(store) == []
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_other_harm(store: Store, harm: str) -> None:
         changed = json.loads(manifest.read_text()) | {"facts": {"loss": 1.0}}
         changed.pop("sha256")
         store.write_manifest(Manifest(**changed))
-    found = verify(store.root, "one")
+    found = verify(store, "one")
     assert [stage["state"] for stage in found["stages"]] == ["damaged", "whole", "whole"]
     place = manifest if "manifest" in harm else unit
     assert len(found["problems"]) == 1
@@ -208,8 +208,8 @@ def test_only_what_nobody_needs_goes(store: Store, capsys: pytest.CaptureFixture
     half.mkdir(parents=True)
     (half / "part").write_bytes(b"12345")
     paths = {store.artifact(stage, key) for stage, key in lost.items()}
-    assert {one.path for one in garbage(store.root)} == paths
-    assert {one.path for one in garbage(store.root, time.time() + 7200)} == {*paths, half}
+    assert {one.path for one in garbage(store)} == paths
+    assert {one.path for one in garbage(store, time.time() + 7200)} == {*paths, half}
     assert main(["gc", "--store", str(store.root)]) == 0
     assert "rankline gc --delete" in capsys.readouterr().out
     assert all(path.is_dir() for path in paths), "without --delete nothing goes"
@@ -219,8 +219,8 @@ def test_only_what_nobody_needs_goes(store: Store, capsys: pytest.CaptureFixture
     assert found["bytes"] > 3 * 300 * 3
     assert not any(path.exists() for path in paths)
     assert half.is_dir(), "its worker may be alive"
-    assert verify(store.root, "one")["problems"] == []
-    assert garbage(store.root) == []
+    assert verify(store, "one")["problems"] == []
+    assert garbage(store) == []
 
 
 def test_what_a_registered_version_was_made_of_stays(store: Store) -> None:
@@ -235,7 +235,7 @@ def test_what_a_registered_version_was_made_of_stays(store: Store) -> None:
     with tracker.stage("register", "register-key", {}):
         tracker.register("model", bundle, tags, "champion", lambda holder: "")
     tracker.end("FINISHED")
-    assert {one.path for one in garbage(store.root)} == {store.artifact(s, key) for s, key in lost.items()}
+    assert {one.path for one in garbage(store)} == {store.artifact(s, key) for s, key in lost.items()}
 
 
 def test_a_registry_that_cannot_be_read_keeps_everything(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
@@ -252,10 +252,10 @@ def test_a_registry_that_cannot_be_read_keeps_everything(store: Store, capsys: p
 def test_not_while_somebody_is_at_it(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     make_run(store, "one", 0)
     with lease(store.run_dir("two") / "lease.json"), pytest.raises(LeaseError, match="is at run two"):
-        garbage(store.root)  # it has not written its record yet
+        garbage(store)  # it has not written its record yet
     with lease(store.run_dir("one") / "lease.json"), pytest.raises(LeaseError, match="is at run one"):
-        garbage(store.root)
+        garbage(store)
     with store_in_use(store.root), store_in_use(store.root), pytest.raises(LeaseError, match="a driver is at a run"):
-        collect(store.root)
+        collect(store)
     assert main(["gc", "--store", str(store.root / "elsewhere")]) == 2
     assert "Give its directory with --store" in capsys.readouterr().err

@@ -31,7 +31,7 @@ from lowrank.errors import CheckpointError
 from pipelines import PipelineConfig, run
 from pipelines.errors import ArtifactError, Interrupted, LeaseError, exit_code
 from pipelines.lease import holder
-from pipelines.workflow import read_record
+from pipelines.records import read_record
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(600)]
 

@@ -16,6 +16,7 @@ from serving_samples import free_port
 
 from cluster.serving.client import wait_ready
 from cluster.serving.deploy import undeploy
+from pipelines.artifacts import Store
 from pipelines.cli import main
 from pipelines.config import to_dict
 from pipelines.errors import ConfigError
@@ -24,14 +25,14 @@ from pipelines.serve_app import serve_yaml
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(300)]
 
 
-def copy_of_run(whole_line: Any, name: str, **serve: Any) -> Path:
+def copy_of_run(whole_line: Any, name: str, **serve: Any) -> Store:
     """The finished run under another name and with other settings of its endpoint; returns the store."""
     directory: Path = whole_line.result.directory
     shutil.copytree(directory, directory.with_name(name))
     settings = to_dict(whole_line.config)
     settings["serve"] |= serve
     (directory.with_name(name) / "pipeline.yaml").write_text(yaml.safe_dump(settings))
-    return directory.parent
+    return Store(directory.parent)
 
 
 def test_serve_deploy_takes_the_file(
@@ -40,7 +41,7 @@ def test_serve_deploy_takes_the_file(
     port, token_file = free_port(), tmp_path / "token"
     store = copy_of_run(whole_line, "built", port=port, num_cpus=0.5, token_file=str(token_file))
     path = tmp_path / "serve.yaml"
-    assert main(["serve", "built", "--store", str(store), "--build", str(path)]) == 0
+    assert main(["serve", "built", "--store", store.name, "--build", str(path)]) == 0
     assert str(path) in capsys.readouterr().out
     environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": ray_head.token_file}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)

@@ -1,0 +1,281 @@
+"""An object store and the directory that mirrors it on each node, through `pyarrow.fs`: S3, GCS, or a file system.
+
+Every object has the name that its mirror has below the local directory. An object is there whole or not at all: a PUT
+is atomic, and on a file system a temporary file is renamed. Credentials come from the environment of each node alone.
+What fails for a moment is tried again by the store's own client.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import DamagedError, StorageError
+
+_CHUNK = 8 * 2**20
+#: How often an object is read that somebody writes over all the time.
+_READS = 10
+#: What to do about an object that is damaged.
+AGAIN = "Delete the stage that holds it and run again: it is made anew."
+#: (what a client says, what that means and what to do)
+_MEANINGS = (
+    (("NO_SUCH_BUCKET", "NoSuchBucket", "bucket does not exist"),
+     "there is no such bucket. Make it, or set store.path"),
+    (("ACCESS_DENIED", "AccessDenied", "403", "INVALID_ACCESS_KEY", "InvalidAccessKeyId", "SIGNATURE_DOES_NOT_MATCH",
+      "SignatureDoesNotMatch", "PermissionDenied", "UNAUTHENTICATED", "EXPIRED_TOKEN", "ExpiredToken"),
+     "access is refused. Set credentials that may list, read, write and delete there in every node's environment "
+     "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, GOOGLE_APPLICATION_CREDENTIALS)"),
+    (("NETWORK_CONNECTION", "curlCode", "onnect", "imeout", "imed out"),
+     "it does not answer. Check the network and endpoint_override in store.path; what is committed stays, resume"),
+)  # fmt: skip
+
+
+@lru_cache(maxsize=16)
+def _open(uri: str) -> tuple[Any, str]:
+    """The file system of a URI, and the path of its prefix there."""
+    import pyarrow as pa
+    from pyarrow import fs
+
+    # One PUT for a small object, where the client can.
+    delayed = uri
+    if uri.startswith("s3://") and "allow_delayed_open" not in uri:
+        delayed += f"{'&' if '?' in uri else '?'}allow_delayed_open=true"
+    try:
+        filesystem, prefix = fs.FileSystem.from_uri(delayed)
+    except (pa.ArrowException, ValueError, OSError) as error:
+        raise StorageError(f"open the store {plain(uri)}: {error}. Check store.path.") from error
+    return filesystem, prefix.rstrip("/")
+
+
+def plain(uri: str) -> str:
+    """A URI as messages show it, without its options."""
+    return uri.partition("?")[0].rstrip("/")
+
+
+@dataclass(frozen=True)
+class Mirror:
+    """The object store at `uri`, and the directory `root` that mirrors it; small, picklable, the same on every node."""
+
+    uri: str
+    root: Path
+
+    @property
+    def filesystem(self) -> Any:
+        """The store as pyarrow opens it; opened once per process.
+
+        Raises:
+            StorageError: the URI is none that pyarrow knows.
+        """
+        return _open(self.uri)[0]
+
+    def key(self, path: Path) -> str:
+        """Where pyarrow finds the object that `path` mirrors."""
+        inner = path.relative_to(self.root).as_posix()
+        prefix = _open(self.uri)[1]
+        return prefix if inner == "." else f"{prefix}/{inner}"
+
+    def url(self, path: Path) -> str:
+        """What messages call that object."""
+        inner = path.relative_to(self.root).as_posix()
+        return plain(self.uri) if inner == "." else f"{plain(self.uri)}/{inner}"
+
+    @contextlib.contextmanager
+    def _telling(self, doing: str, path: Path) -> Iterator[None]:
+        import pyarrow as pa
+
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise FileNotFoundError(2, "no such object", self.url(path)) from error
+        except (OSError, pa.ArrowException) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # a local disk
+                raise
+            text = " ".join(str(error).split())
+            meaning = next((said for words, said in _MEANINGS if any(word in text for word in words)), "it failed")
+            raise StorageError(f"{doing} {self.url(path)}: {meaning} ({text[:300]}).") from error
+
+    def put(self, path: Path, source: Path | bytes) -> None:
+        """Write the object that `path` mirrors, from a local file or from bytes.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        with self._telling("write", path):
+            if self.filesystem.type_name == "local":
+                _put_file(Path(self.key(path)), source)
+                return
+            # Not in this thread: a stream that Ctrl-C closes half written leaves half an object.
+            with ThreadPoolExecutor(1) as thread:
+                thread.submit(self._upload, path, source).result()
+
+    def _upload(self, path: Path, source: Path | bytes) -> None:
+        with self.filesystem.open_output_stream(self.key(path)) as sink:
+            if isinstance(source, bytes):
+                sink.write(source)
+            else:
+                with source.open("rb") as handle:
+                    shutil.copyfileobj(handle, sink, _CHUNK)
+
+    def get(self, path: Path, written_once: bool = False) -> bytes:
+        """The bytes of a small object.
+
+        The client asks for the size, then for so many bytes: of an object that is written over meanwhile it may read
+        the beginning, so that the size is asked again unless it is `written_once`.
+
+        Raises:
+            FileNotFoundError: there is none. StorageError: it cannot be read.
+        """
+        for _ in range(_READS):
+            with self._telling("read", path), self.filesystem.open_input_stream(self.key(path)) as stream:
+                data: bytes = stream.read()
+            if written_once or self.size(path) == len(data):
+                break
+        return data
+
+    def get_range(self, path: Path, start: int, length: int) -> bytes:
+        """`length` bytes of an object from `start` on, and no more over the network.
+
+        Raises:
+            FileNotFoundError, StorageError: as `get`. DamagedError: the object ends before.
+        """
+        with self._telling("read", path), self.filesystem.open_input_file(self.key(path)) as handle:
+            data: bytes = handle.read_at(length, start)
+        if len(data) != length:
+            raise DamagedError(f"read {self.url(path)}: it ends before byte {start + length}.")
+        return data
+
+    def pull(self, path: Path, target: Path | None = None, sha256: str | None = None) -> None:
+        """Bring an object into the mirror, or to `target`, under a temporary name until its `sha256` is checked.
+
+        Raises:
+            FileNotFoundError, StorageError: as `get`. DamagedError: it is not what it was. OSError: the disk refuses.
+        """
+        from cluster.durable import sync
+
+        target = target or path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+        digest = hashlib.sha256()
+        try:
+            with temporary.open("wb") as handle:
+                for chunk in self._chunks(path):
+                    digest.update(chunk)
+                    handle.write(chunk)
+            if sha256 is not None and digest.hexdigest() != sha256:
+                raise DamagedError(f"{self.url(path)} is damaged: its sha256 does not match. {AGAIN}")
+            sync(temporary)
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def digest(self, path: Path) -> tuple[str, int]:
+        """sha256 and size of an object, read without keeping it.
+
+        Raises:
+            FileNotFoundError, StorageError: as `get`.
+        """
+        digest, size = hashlib.sha256(), 0
+        for chunk in self._chunks(path):
+            digest.update(chunk)
+            size += len(chunk)
+        return digest.hexdigest(), size
+
+    def _chunks(self, path: Path) -> Iterator[bytes]:
+        with self._telling("read", path), self.filesystem.open_input_stream(self.key(path)) as stream:
+            while chunk := stream.read(_CHUNK):
+                yield chunk
+
+    def size(self, path: Path) -> int | None:
+        """Bytes of an object; None where there is none.
+
+        Raises:
+            StorageError: the store refuses or does not answer.
+        """
+        with self._telling("look for", path):
+            info = self.filesystem.get_file_info(self.key(path))
+            return int(info.size) if info.is_file else None
+
+    def names(self, path: Path, directories: bool = False) -> dict[str, int]:
+        """Objects (or, with `directories`, prefixes) directly below a path, with their sizes: one request per 1,000.
+
+        Raises:
+            StorageError: the store refuses or does not answer.
+        """
+        from pyarrow import fs
+
+        with self._telling("list", path):
+            found = self.filesystem.get_file_info(fs.FileSelector(self.key(path), allow_not_found=True))
+        kind = fs.FileType.Directory if directories else fs.FileType.File
+        named = (info for info in found if info.type == kind and not info.base_name.startswith("."))
+        return {info.base_name: int(info.size or 0) for info in named}
+
+    def total(self, path: Path) -> int:
+        """Bytes of all objects below a path.
+
+        Raises:
+            StorageError: the store refuses or does not answer.
+        """
+        from pyarrow import fs
+
+        with self._telling("list", path):
+            below = fs.FileSelector(self.key(path), allow_not_found=True, recursive=True)
+            return sum(int(info.size) for info in self.filesystem.get_file_info(below) if info.is_file)
+
+    def delete(self, path: Path) -> None:
+        """Remove an object, if it is there.
+
+        Raises:
+            StorageError: the store refuses or does not answer.
+        """
+        with contextlib.suppress(FileNotFoundError), self._telling("delete", path):
+            self.filesystem.delete_file(self.key(path))
+
+    def probe(self) -> None:
+        """Write, list, read and remove a marker, as a run will.
+
+        Raises:
+            StorageError: one of that is refused, or another text is read.
+        """
+        marker, secret = self.root / "_probe" / uuid.uuid4().hex, uuid.uuid4().bytes
+        self.put(marker, secret)
+        try:
+            if marker.name not in self.names(marker.parent) or self.get(marker) != secret:
+                raise StorageError(f"use {self.url(marker)}: what was written is not what is read.")
+        finally:
+            self.delete(marker)
+
+    def delete_tree(self, path: Path) -> None:
+        """Remove all objects below a path.
+
+        Raises:
+            StorageError: the store refuses or does not answer.
+        """
+        with contextlib.suppress(FileNotFoundError), self._telling("delete", path):
+            self.filesystem.delete_dir(self.key(path))
+
+
+def _put_file(path: Path, source: Path | bytes) -> None:
+    """An object of a file system, as durable as a unit of a local store."""
+    from cluster.durable import sync, write_atomic
+
+    if isinstance(source, bytes):
+        write_atomic(path, source)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        shutil.copyfile(source, temporary)
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)
