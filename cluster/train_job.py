@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,15 @@ class TrainJob:
     """Name of the run, for messages and for Ray Train's directory."""
     use_gpu: bool = False
     """One GPU per worker."""
+    resources: Mapping[str, float] = field(default_factory=dict)
+    """Further resources of Ray's that each worker takes."""
+    node_wait_s: float = 120.0
+    """Seconds to wait for a node once those left do not hold the workers."""
+
+    @property
+    def wanted(self) -> dict[str, float]:
+        """What one worker takes of a node."""
+        return {"CPU": self.config.cpus_per_worker, **({"GPU": 1.0} if self.use_gpu else {}), **self.resources}
 
     @property
     def store(self) -> UnitStore:

@@ -120,12 +120,16 @@ class Line:
         """Every stage, then the endpoint, the summary and the report."""
         from pipelines.endpoint import deploy_endpoint
         from pipelines.preflight import require_ready
-        from pipelines.session import on_cluster
+        from pipelines.session import on_cluster, require_room
 
         require_ready(self.config, self.sources, self.store)
         self._write_record("RUNNING")
         write_atomic(self.directory / "pipeline.yaml", portable_yaml(self.config))
         with self._signals(), on_cluster(self.config, self.store.root):
+            missing = [
+                stage.name for stage in STAGES if self.store.read_manifest(stage.name, self.keys[stage.name]) is None
+            ]
+            require_room(self.config, missing)
             self.tracker = self._track()
             for stage in STAGES:
                 self._check_stop(stage.name)
@@ -194,7 +198,7 @@ class Line:
             self._checked.add(name)
 
     def _execute(self, stage: Stage, store: UnitStore, progress: StageProgress) -> Manifest:
-        from pipelines.session import unit_runner
+        from pipelines.session import resources_of, unit_runner
 
         assert self.tracker is not None
         context = Context(
@@ -204,7 +208,13 @@ class Line:
             store=store,
             inputs={name: self.store.artifact(name, self.keys[name]) for name in stage.inputs},
             input_keys={name: self.keys[name] for name in stage.inputs},
-            runner=partial(unit_runner, self.config, self._stopping, self.board.say),
+            runner=partial(
+                unit_runner,
+                self.config,
+                self._stopping,
+                self.board.say,
+                resources=resources_of(self.config, stage.name),
+            ),
             progress=progress,
             tracker=self.tracker,
             use_ray=True,

@@ -33,10 +33,16 @@ class Progress(Protocol):
 
 
 class UnitRunner(Protocol):
-    """Runs unit functions somewhere; see `cluster.executor.run_units`."""
+    """Runs unit functions somewhere; see `cluster.units.run_units`."""
 
     def __call__(
-        self, fn: Callable[[Any], Any], items: Sequence[Any], *, num_cpus: float, on_done: Callable[[Any, Any], None]
+        self,
+        fn: Callable[[Any], Any],
+        items: Sequence[Any],
+        *,
+        num_cpus: float,
+        on_done: Callable[[Any, Any], None],
+        near: Callable[[Any], str] | None = None,
     ) -> None: ...
 
 
@@ -59,8 +65,18 @@ class Context:
     say: Callable[[str], None] = lambda _: None
     """Tells the user something beside the progress."""
 
-    def run_units(self, fn: Callable[[Any], Any], jobs: dict[str, Any], num_cpus: float = 1.0, extra: int = 0) -> None:
-        """Run `fn(job)` for every unit that is not committed yet; `extra` units follow that the driver makes itself."""
+    def run_units(
+        self,
+        fn: Callable[[Any], Any],
+        jobs: dict[str, Any],
+        num_cpus: float = 1.0,
+        extra: int = 0,
+        near: Callable[[Any], str] | None = None,
+    ) -> None:
+        """Run `fn(job)` for every unit that is not committed yet; `extra` units follow that the driver makes itself.
+
+        `near(job)` is the node that a unit's input lies on, where there are several.
+        """
         missing = {unit: job for unit, job in jobs.items() if not self.store.is_committed(unit)}
         self.progress.total(len(jobs) + extra, len(jobs) - len(missing))
         names = {id(job): unit for unit, job in missing.items()}
@@ -70,7 +86,7 @@ class Context:
             self.progress.advance(unit=unit, facts=partial(self.store.sidecar, unit))
 
         if missing:
-            self.runner(fn, list(missing.values()), num_cpus=num_cpus, on_done=done)
+            self.runner(fn, list(missing.values()), num_cpus=num_cpus, on_done=done, near=near)
 
     def model_source(self, adapter_dir: Path | None = None) -> ModelSource:
         """Where the parts of this run's model lie; for stages after `quantize`."""
