@@ -219,5 +219,7 @@ class ClusterConfig:
     `{decompose: {cpu_node: 0.01}}`: it runs on the nodes that were started with them (`ray start --resources`)."""
     node_wait_s: Annotated[float, Ge(0), EXECUTION] = 120.0
     """Seconds that work waits for another node once every node that fitted is lost; then the run ends (exit 4)."""
+    system_metrics_s: Annotated[float, Gt(0), EXECUTION] | None = 10.0
+    """Seconds between samples of every node's CPU, memory, disk, network and GPUs for MLflow; null takes none."""
     token_file: Annotated[str | None, EXECUTION] = None
     """Ray's authentication token; null takes RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token."""

@@ -19,6 +19,7 @@ from typing import Any
 
 from cluster.durable import UnitStore, canonical, peak_rss_bytes, sha256_bytes, write_atomic, write_json
 from cluster.errors import OutOfMemoryError
+from cluster.node_metrics import node_metrics
 from lowrank.reading import is_number, read_json
 from pipelines.artifacts import Manifest, Store, stage_key
 from pipelines.config import PipelineConfig, to_dict
@@ -125,12 +126,11 @@ class Line:
         require_ready(self.config, self.sources, self.store)
         self._write_record("RUNNING")
         write_atomic(self.directory / "pipeline.yaml", portable_yaml(self.config))
-        with self._signals(), on_cluster(self.config, self.store.root):
-            missing = [
-                stage.name for stage in STAGES if self.store.read_manifest(stage.name, self.keys[stage.name]) is None
-            ]
+        with self._signals(), on_cluster(self.config, self.store.root), contextlib.ExitStack() as while_it_runs:
+            missing = [name for name, key in self.keys.items() if self.store.read_manifest(name, key) is None]
             require_room(self.config, missing)
             self.tracker = self._track()
+            while_it_runs.enter_context(node_metrics(self.tracker.log_nodes, self.config.cluster.system_metrics_s))
             for stage in STAGES:
                 self._check_stop(stage.name)
                 self.records.append(self._stage(stage))
@@ -201,6 +201,7 @@ class Line:
         from pipelines.session import resources_of, unit_runner
 
         assert self.tracker is not None
+        wanted = resources_of(self.config, stage.name)
         context = Context(
             config=self.config,
             sources=self.sources,
@@ -208,13 +209,7 @@ class Line:
             store=store,
             inputs={name: self.store.artifact(name, self.keys[name]) for name in stage.inputs},
             input_keys={name: self.keys[name] for name in stage.inputs},
-            runner=partial(
-                unit_runner,
-                self.config,
-                self._stopping,
-                self.board.say,
-                resources=resources_of(self.config, stage.name),
-            ),
+            runner=partial(unit_runner, self.config, self._stopping, self.board.say, resources=wanted),
             progress=progress,
             tracker=self.tracker,
             use_ray=True,
@@ -341,7 +336,8 @@ class Line:
         write_json(self.directory / "summary.json", result.summary)
         report, report_key = self.directory / "report.html", self._report_key(result)
         if read_record(self.directory).get("report_key") != report_key or not report.is_file():
-            write_report(report, self.config, result.summary, self._artifacts())  # seconds, for its pictures
+            nodes = self.tracker.node_history("cpu_utilization_percentage")
+            write_report(report, self.config, result.summary, self._artifacts(), nodes)  # seconds, for its pictures
             self.tracker.log_artifacts(report, run_id=self.tracker.parent)
         for file in ("summary.json", "pipeline.yaml"):
             self.tracker.log_artifacts(self.directory / file, run_id=self.tracker.parent)

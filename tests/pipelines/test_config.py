@@ -67,6 +67,7 @@ EXECUTION = {
         "task_cpus",
         "stage_resources",
         "node_wait_s",
+        "system_metrics_s",
         "token_file",
     },
     "store": {"path"},
