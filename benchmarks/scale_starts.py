@@ -14,8 +14,8 @@ def measure(root: Path) -> dict[str, float]:
     from tiny import make_tiny, make_tokens
 
     clock = _Clock()
-    from cluster.executor import run_units
     from cluster.session import connect, disconnect, start_or_adopt, stop
+    from cluster.units import run_units
     from pipelines import preflight, workflow  # noqa: F401  what the driver imports
     from pipelines.tracking import Tracker
 

@@ -27,6 +27,7 @@ JOBS = {
     "training": ["tests/cluster/test_training_faults.py"],
     "stages": ["tests/pipelines/test_killed_drivers.py", "-k", "not moments"],
     "moments": ["tests/pipelines/test_killed_drivers.py", "-k", "moments"],
+    "nodes": ["tests/pipelines/test_cut_off.py"],
     "full_disk": ["tests/pipelines/test_full_disk.py"],
     "disk_calls": ["tests/pipelines/test_disk_faults.py"],
     "serving": ["tests/pipelines/test_serving_faults.py", "tests/cluster/serving/test_fuzz.py"],

@@ -3,6 +3,7 @@
 Fields are part of the *result* (they enter a stage's key) unless annotated with `EXECUTION`.
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -18,6 +19,21 @@ __all__ = [
     "FinetuneConfig",
     "ServeConfig",
 ]
+
+StageOnRay = Literal["shard", "decompose", "quantize", "finetune", "evaluate"]
+#: Resources that have settings of their own.
+_OWN_SETTINGS = ("CPU", "memory", "object_store_memory")
+
+
+def resource_problems(wanted: Mapping[StageOnRay, Mapping[str, float]]) -> Iterator[str]:
+    """What Ray would refuse of `cluster.stage_resources`."""
+    for stage, resources in wanted.items():
+        for name, amount in resources.items():
+            where = f"cluster.stage_resources.{stage}.{name}"
+            if name in _OWN_SETTINGS or (name == "GPU" and stage == "finetune"):
+                yield f"{where}: has a setting of its own (cluster.task_cpus, finetune.cpus_per_worker)."
+            elif not name or (amount > 1 and amount != int(amount)) or amount < 1e-4:
+                yield f"{where}: got {amount:g}; allowed are 0.0001 to 1, and whole numbers, under a name."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +70,9 @@ class FinetuneConfig:
     """Logical CPUs a worker reserves."""
     threads_per_worker: Annotated[int, Ge(1), EXECUTION] | None = None
     """Torch threads of a worker; null shares the cores of a node among the workers on it."""
+    placement: Annotated[Literal["spread", "pack", "strict_spread", "strict_pack"], EXECUTION] = "spread"
+    """Workers over the nodes of a cluster, or on as few as hold them; the strict ones refuse one node for two workers,
+    or a second node."""
     base: Literal["nf4", "dense"] = "nf4"
     """Frozen weights under the adapter: the packed ones of quantize, or the original dense ones."""
     zero_stage: Literal[0, 1, 2, 3] | None = None
@@ -190,8 +209,17 @@ class ClusterConfig:
     num_cpus: Annotated[int, Ge(1), EXECUTION] | None = None
     """Logical CPUs of the embedded cluster; null is max(4, 2 × cores), room for training, data and serving."""
     max_in_flight: Annotated[int, Ge(1), EXECUTION] | None = None
-    """Units in flight at once; null is the cluster's CPUs, at most the physical cores when embedded."""
+    """Units in flight at once; null is as many as fit the cluster, at most the physical cores when embedded."""
     task_cpus: Annotated[float, Gt(0), EXECUTION] = 1.0
     """Logical CPUs of one unit task."""
+    stage_resources: Annotated[dict[StageOnRay, dict[str, Annotated[float, Gt(0)]]], EXECUTION] = field(
+        default_factory=dict
+    )
+    """Ray resources beside CPUs that each unit task (each worker of finetune) of a stage takes, for example
+    `{decompose: {cpu_node: 0.01}}`: it runs on the nodes that were started with them (`ray start --resources`)."""
+    node_wait_s: Annotated[float, Ge(0), EXECUTION] = 120.0
+    """Seconds that work waits for another node once every node that fitted is lost; then the run ends (exit 4)."""
+    system_metrics_s: Annotated[float, Gt(0), EXECUTION] | None = 10.0
+    """Seconds between samples of every node's CPU, memory, disk, network and GPUs for MLflow; null takes none."""
     token_file: Annotated[str | None, EXECUTION] = None
     """Ray's authentication token; null takes RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token."""

@@ -68,7 +68,7 @@ def disconnect() -> None:
 
 
 def nodes() -> list[dict[str, Any]]:
-    """Return one dict per node of the connected cluster: id, address, alive, CPUs, GPUs and memory in bytes."""
+    """Return one dict per node of the connected cluster: id, address, alive, CPUs, GPUs, memory in bytes, resources."""
     import ray
 
     return [
@@ -79,9 +79,15 @@ def nodes() -> list[dict[str, Any]]:
             "num_cpus": float(node["Resources"].get("CPU", 0.0)),
             "num_gpus": float(node["Resources"].get("GPU", 0.0)),
             "memory_bytes": int(node["Resources"].get("memory", 0)),
+            "resources": {name: float(amount) for name, amount in node["Resources"].items()},
         }
         for node in ray.nodes()
     ]
+
+
+def living() -> dict[str, dict[str, float]]:
+    """The resources of every living node of the connected cluster, by its id."""
+    return {node["node_id"]: node["resources"] for node in nodes() if node["alive"]}
 
 
 def load_token(token_file: Path | None = None) -> str:

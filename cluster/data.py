@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.durable import UnitStore
-from cluster.errors import DataError
+from cluster.errors import ClusterError, DataError
+from cluster.failures import translate
 from cluster.rows import FIELDS, RowFormat, detect_format
 from cluster.sources import Source, first_row, open_source, raise_for_row, read_table
 from cluster.tokens import EncodeBatch, TokenTable, write_tokens
@@ -107,6 +108,8 @@ def _map_with_ray(where: Source, encode: EncodeBatch) -> Iterator[pa.Table]:
         # Arrow names a block, not a row: read again here, where the row can be found.
         for file in where.files:
             read_table(where, file, encode)
+        if isinstance(error, RayError) and isinstance(lost := translate(error, f"read {where.name}"), ClusterError):
+            raise lost from error
         raise DataError(f"read {where.name}: {str(error).strip().splitlines()[-1][:300]}") from error
     finally:
         context.execution_options.preserve_order, context.enable_progress_bars = before

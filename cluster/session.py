@@ -10,6 +10,7 @@ code execution by design. Further machines join a cluster of the user's own (`ra
 embedded one takes more nodes on this machine only (`add_node`), which is what fault tests need.
 """
 
+import json
 import os
 import secrets
 import shutil
@@ -17,6 +18,7 @@ import socket
 import tempfile
 import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -116,8 +118,10 @@ def stop(store_dir: Path) -> bool:
         return head is not None
 
 
-def add_node(store_dir: Path, *, num_cpus: int) -> int:
+def add_node(store_dir: Path, *, num_cpus: int, resources: Mapping[str, float] | None = None) -> int:
     """Start one more node of the store's cluster on this machine, and return the session id of its processes.
+
+    `resources` are those of Ray's that it has beside CPUs.
 
     Raises:
         ConnectError: when no head runs, or the node does not come up.
@@ -129,6 +133,7 @@ def add_node(store_dir: Path, *, num_cpus: int) -> int:
             raise ConnectError(f"add a node to the cluster of {store_dir}: no head runs. Start one first.")
         ports = processes.free_ports(("agent", "agent_grpc", "runtime_env_agent"))
         arguments = ["--address", head.address, "--num-cpus", str(num_cpus), "--temp-dir", head.temp_dir + "/node"]
+        arguments += ["--resources", json.dumps(dict(resources or {}))]
         sid, log = _launch(head, [*arguments, *_port_flags(ports)])
         write_record(store_dir, replace(head, sids=(*head.sids, sid)))
         if log:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,15 @@ class TrainJob:
     """One GPU per worker."""
     mirror: Mirror | None = None
     """Of an object store: what the paths above are mirrored from."""
+    resources: Mapping[str, float] = field(default_factory=dict)
+    """Further resources of Ray's that each worker takes."""
+    node_wait_s: float = 120.0
+    """Seconds to wait for a node once those left do not hold the workers."""
+
+    @property
+    def wanted(self) -> dict[str, float]:
+        """What one worker takes of a node."""
+        return {"CPU": self.config.cpus_per_worker, **({"GPU": 1.0} if self.use_gpu else {}), **self.resources}
 
     @property
     def store(self) -> UnitStore:

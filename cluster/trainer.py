@@ -11,33 +11,34 @@ import json
 import logging
 import statistics
 import threading
+import time
 import traceback
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from cluster.autoscaling import present
+from cluster.connection import living
 from cluster.errors import (
     ClusterError,
     DamagedError,
     DataError,
+    JobError,
     ModelError,
     OutOfMemoryError,
-    ResourceError,
     StorageError,
     TrainError,
 )
 from cluster.failures import is_out_of_memory
 from cluster.metrics import Follower, read_metrics, steps_redone
 from cluster.noticeboard import Noticeboard
+from cluster.placement import fits, refuse_unfit
 from cluster.train_job import ADAPTER_UNIT, METRICS_FILE, OUTCOME_FILE, STOP_FILE, Place, TrainJob, TrainOutcome
 from cluster.zero import check_optimizer, zero_stage
 
-if TYPE_CHECKING:
-    from cluster.config import FinetuneConfig
-
-__all__ = ["TrainJob", "TrainOutcome", "check_layout", "train"]
+__all__ = ["TrainJob", "TrainOutcome", "train"]
 
 #: Of the thread that asks Ray Train; while it lives, Ray must not be shut down.
 TRAIN_THREAD = "rankline-train"
@@ -46,6 +47,8 @@ _STOP_S = 15.0
 #: What the names of notes about failures begin with.
 _FAILURE = "failure-"
 _POLL_S = 0.5
+#: Between two looks at the cluster's nodes, in seconds.
+_LOOK_S = 2.0
 #: How often Ray Train's controller looks at its workers.
 _RAY_POLL_S = 2.0
 #: Raised anew under the same name by the driver; anything else becomes a TrainError.
@@ -89,30 +92,34 @@ def train(
     return _outcome(job)
 
 
-def check_layout(config: FinetuneConfig, use_gpu: bool, resources: Mapping[str, float]) -> None:
-    """Refuse a layout that would wait for ever.
+class _Nodes:
+    """Looks now and then whether the living nodes hold the workers; Ray Train would wait for them for ever."""
 
-    Args:
-        config: `num_workers` and `cpus_per_worker`.
-        use_gpu: One GPU per worker.
-        resources: `ray.cluster_resources()`.
+    def __init__(self, job: TrainJob) -> None:
+        self._job = job
+        self._held = self._looked = time.monotonic()
 
-    Raises:
-        ResourceError: more CPUs or GPUs than the whole cluster has.
-    """
-    wanted = {"CPU": config.num_workers * config.cpus_per_worker, "GPU": config.num_workers if use_gpu else 0}
-    for kind, number in wanted.items():
-        if number > resources.get(kind, 0):
-            raise ResourceError(
-                f"start {config.num_workers} training workers: they need {number:g} {kind}s, the cluster has "
-                f"{resources.get(kind, 0):g}. Lower finetune.num_workers or finetune.cpus_per_worker, or add nodes."
+    def look(self) -> None:
+        """Raises JobError when they have not for too long."""
+        now, job = time.monotonic(), self._job
+        if now - self._looked < _LOOK_S:
+            return
+        self._looked = now
+        nodes = list(living().values())
+        if fits(nodes, job.wanted, job.config.num_workers, job.config.placement):
+            self._held = now
+        elif now - self._held > job.node_wait_s:
+            raise JobError(
+                f"finetune {job.name}: nodes were lost, and the {len(nodes)} left have not held "
+                f"{job.config.num_workers} workers for {job.node_wait_s:g} s (cluster.node_wait_s). Add nodes or "
+                "lower finetune.num_workers, then resume; the last checkpoint is kept."
             )
 
 
 def _fit(job: TrainJob, on_progress: Callable[[dict[str, Any]], None]) -> None:
-    import ray
-
-    check_layout(job.config, job.use_gpu, ray.cluster_resources())
+    if not present():
+        refuse_unfit(list(living().values()), job.wanted, job.config.num_workers, job.config.placement)
+    nodes = _Nodes(job)
     launch = f"{job.name}-{uuid.uuid4().hex[:8]}"
     directory = job.storage / "launches" / launch
     directory.mkdir(parents=True)
@@ -125,6 +132,7 @@ def _fit(job: TrainJob, on_progress: Callable[[dict[str, Any]], None]) -> None:
             thread.join(_POLL_S)
             for line in follower.new_lines():
                 on_progress(line)
+            nodes.look()
     except BaseException as error:
         # Ctrl-C, or the caller's own error: the workers look for this file between steps.
         with contextlib.suppress(StorageError):
@@ -155,8 +163,8 @@ def _make_trainer(job: TrainJob, launch: str, directory: Path) -> Any:
         scaling_config=ScalingConfig(
             num_workers=config.num_workers,
             use_gpu=job.use_gpu,
-            resources_per_worker={"CPU": config.cpus_per_worker, **({"GPU": 1} if job.use_gpu else {})},
-            placement_strategy="SPREAD",
+            resources_per_worker=job.wanted,
+            placement_strategy=config.placement.upper(),
         ),
         run_config=RunConfig(
             name=launch,
@@ -198,10 +206,17 @@ def _worker(arguments: dict[str, Any]) -> None:
 
 
 def _may_be_cured(error: Exception) -> bool:
-    """Whether new workers might succeed: a lost peer shows up as a RuntimeError of the collective, or an OSError."""
+    """Whether new workers might succeed.
+
+    A lost peer shows up as a RuntimeError of the collective, or an OSError; a worker whose own node is cut off finds
+    Ray's actors unavailable.
+    """
+    from ray.exceptions import RayError
+
     if is_out_of_memory(error):
         return False
-    return isinstance(error, RuntimeError | OSError) and not isinstance(error, NotImplementedError | RecursionError)
+    lost = isinstance(error, RuntimeError | OSError | RayError)
+    return lost and not isinstance(error, NotImplementedError | RecursionError)
 
 
 def _describe(error: Exception) -> dict[str, Any]:

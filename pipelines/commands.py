@@ -57,7 +57,7 @@ def plan(arguments: Namespace) -> int:
     if config.cluster.address and not errors:
         from pipelines.session import node_refusals
 
-        errors += node_refusals(config)
+        errors += node_refusals(config, [stage["name"] for stage in result["stages"] if not stage["cached"]])
         result["refusals"] = [str(error) for error in errors]
     _json(result) if arguments.json else show.plan(result)
     return exit_code(errors[0]) if errors else DONE

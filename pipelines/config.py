@@ -17,7 +17,14 @@ from typing import Annotated, Any, ClassVar, get_type_hints
 from annotated_types import Ge
 from pydantic import TypeAdapter, ValidationError
 
-from cluster.config import ClusterConfig, DataConfig, EvaluateConfig, FinetuneConfig, ServeConfig
+from cluster.config import (
+    ClusterConfig,
+    DataConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+    ServeConfig,
+    resource_problems,
+)
 from lowrank.adapter_options import ADAPTER_OPTIONS, TAKES_SPLIT, full_problem
 from lowrank.config import EXECUTION, STRICT, DecomposeConfig, QuantizeConfig
 from lowrank.optimizer_options import OPTIMIZER_OPTIONS, optimizer_problem
@@ -241,6 +248,7 @@ def _contradictions(config: PipelineConfig) -> Iterator[str]:
     if config.serve.host not in ("127.0.0.1", "localhost", "::1") and not config.serve.token_file:
         yield f"serve.host: {config.serve.host!r} is not loopback and needs serve.token_file, a token of your own."
     yield from store_problems(config.store.path, config.store.lease)
+    yield from resource_problems(config.cluster.stage_resources)
     if re.search(r"://[^/@]*:[^/@]*@", config.register.tracking_uri or ""):
         yield (
             "register.tracking_uri: holds a password, which would stand in records and in MLflow. Leave it out: set "

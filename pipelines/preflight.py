@@ -192,6 +192,11 @@ def _layout(config: PipelineConfig) -> Iterator[Exception]:
 
     if config.cluster.address is not None:
         return
+    if config.cluster.stage_resources:
+        yield ResourceError(
+            "cluster.stage_resources: the embedded cluster has none of its own. Set cluster.address to a cluster whose "
+            "nodes have them (`ray start --resources`), or leave it out."
+        )
     have = config.cluster.num_cpus or default_num_cpus()
     tune = config.finetune
     need = tune.num_workers * tune.cpus_per_worker + 1 + (config.serve.num_replicas * config.serve.num_cpus)
@@ -200,6 +205,11 @@ def _layout(config: PipelineConfig) -> Iterator[Exception]:
             f"cluster.num_cpus: {have} logical CPUs do not hold {tune.num_workers} workers x {tune.cpus_per_worker:g}, "
             f"one for data and {config.serve.num_replicas} replica(s) x {config.serve.num_cpus:g}. "
             f"Set cluster.num_cpus >= {need:g}, or finetune.num_workers lower."
+        )
+    if tune.placement == "strict_spread" and tune.num_workers > 1:
+        yield ResourceError(
+            f"finetune.placement: 'strict_spread' puts {tune.num_workers} workers on a node each, and the embedded "
+            "cluster is one node. Set it to 'spread', or cluster.address to a larger cluster."
         )
 
 

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.config import PipelineConfig
 from pipelines.errors import ConfigError
+from pipelines.portable import portable_yaml
 from pipelines.sources import hash_sources
 from pipelines.store_checks import is_uri
-from pipelines.workflow import portable_yaml, run_key, stage_keys
+from pipelines.workflow import run_key, stage_keys
 
 if TYPE_CHECKING:
     from cluster.submit import Attempt

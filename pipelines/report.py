@@ -48,14 +48,13 @@ from pipelines.plots import (
 )
 from pipelines.progress import hms
 from pipelines.show import size
-from pipelines.timeline import MAX_WORKERS, draw_timeline, of_run
+from pipelines.timeline import MAX_WORKERS, draw_nodes, draw_timeline, of_run
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-    from cluster.objects import Mirror
 
-__all__ = ["bring_for_report", "model_card", "write_plots", "write_report"]
+__all__ = ["model_card", "write_plots", "write_report"]
 
 _PACKAGES = ("rankline", "torch", "transformers", "ray", "deepspeed", "bitsandbytes", "mlflow", "numpy")
 _WIDE = (5.2, 2.6)
@@ -63,30 +62,13 @@ _ORDER = ("shard", "decompose", "quantize", "finetune", "evaluate", "register")
 _WEIGHTS = "adapter_model.safetensors"
 
 
-#: What the page and the plots read of each stage's units.
-_READ = {
-    "decompose": ("index",),
-    "quantize": ("index",),
-    "finetune": ("adapter", "plain-lora"),
-    "evaluate": ("summary",),
-}
-
-
-def bring_for_report(artifacts: Mapping[str, Path], mirror: Mirror | None) -> None:
-    """Have on this machine what the page and the plots read, of a run in an object store; of others it is here."""
-    from cluster.durable import units_at
-    from cluster.train_job import METRICS_FILE
-
-    for stage, path in artifacts.items() if mirror is not None else ():
-        units = units_at(path, mirror)
-        for unit in units.committed(_READ.get(stage, ())):
-            units.fetch(unit)
-        for name in ("manifest.json", "sidecar.json", *([METRICS_FILE] if stage == "finetune" else [])):
-            units.obtain(name)
-        units.ledger()
-
-
-def write_report(path: Path, config: PipelineConfig, summary: Mapping[str, Any], artifacts: Mapping[str, Path]) -> None:
+def write_report(
+    path: Path,
+    config: PipelineConfig,
+    summary: Mapping[str, Any],
+    artifacts: Mapping[str, Path],
+    nodes: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+) -> None:
     """Write the page of a finished run.
 
     Args:
@@ -94,8 +76,9 @@ def write_report(path: Path, config: PipelineConfig, summary: Mapping[str, Any],
         config: The pipeline.
         summary: What `pipelines.summary.summarise` returns.
         artifacts: Directory of each stage's output, by name; what is missing there is left out of the page.
+        nodes: (seconds since the epoch, CPU use in percent) of each node.
     """
-    page = _environment().get_template("report.html.j2").render(_view(config, summary, artifacts))
+    page = _environment().get_template("report.html.j2").render(_view(config, summary, artifacts, nodes or {}))
     path.write_text(page, encoding="utf-8")
 
 
@@ -113,7 +96,12 @@ def _environment() -> Environment:
     return env
 
 
-def _view(config: PipelineConfig, summary: Mapping[str, Any], artifacts: Mapping[str, Path]) -> dict[str, Any]:
+def _view(
+    config: PipelineConfig,
+    summary: Mapping[str, Any],
+    artifacts: Mapping[str, Path],
+    nodes: Mapping[str, Sequence[tuple[float, float]]],
+) -> dict[str, Any]:
     """All that the template shows."""
     layers, lines = read_layers(artifacts), read_training(artifacts)
     facts = {name: stage.get("facts") or {} for name, stage in summary["stages"].items()}
@@ -138,7 +126,7 @@ def _view(config: PipelineConfig, summary: Mapping[str, Any], artifacts: Mapping
         "more_kinds": max(0, len(by_kind(layers)) - MAX_PANELS),
         "depths": (min(layer.depth for layer in layers), max(layer.depth for layer in layers)) if layers else None,
         "ramp": DEPTH_RAMP,
-        "charts": _charts(layers, lines, evaluation) | {"timeline": _timeline(artifacts)},
+        "charts": _charts(layers, lines, evaluation) | {"timeline": _timeline(artifacts), "nodes": _nodes(nodes)},
         "training": _training(lines),
         "samples": _samples(evaluation.get("samples") or []),
         "stages": _stages(summary, artifacts),
@@ -301,6 +289,14 @@ def _timeline(artifacts: Mapping[str, Path]) -> list[tuple[str, Any]]:
         rows = min(len({span.worker for span in tries}), MAX_WORKERS)
         size = (_WIDE[0] * 1.5, 1.2 + 0.24 * rows)
         _add(found, "Who worked when", svg(partial(draw_timeline, tries=tries), "timeline", "Units by process", size))
+    return found
+
+
+def _nodes(nodes: Mapping[str, Sequence[tuple[float, float]]]) -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    if nodes:
+        chart = svg(partial(draw_nodes, nodes=nodes), "nodes", "CPU use by node", (_WIDE[0] * 1.5, 2.2))
+        _add(found, "How busy the nodes were", chart)
     return found
 
 

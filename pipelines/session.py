@@ -6,7 +6,7 @@ import _thread
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -51,8 +51,39 @@ def require_alike_nodes(store: Path, mirror: Mirror | None = None) -> None:
         check_nodes(store, mirror)
 
 
-def node_refusals(config: PipelineConfig) -> list[Exception]:
-    """What stands against a run on the user's own cluster that only its nodes can tell: they are asked."""
+def require_room(config: PipelineConfig, stages: Collection[str]) -> None:
+    """A node must fit the tasks of each of these stages, and the nodes all training workers.
+
+    Raises:
+        cluster.errors.ResourceError: none does, or they do not.
+    """
+    from cluster.autoscaling import present
+    from cluster.connection import living
+    from cluster.errors import ResourceError
+    from cluster.placement import refuse_unfit
+    from cluster.tasks import require_fit
+
+    cpus = {"decompose": config.cluster.task_cpus, "quantize": config.cluster.task_cpus}
+    for stage in [stage for stage in ("shard", "decompose", "quantize", "evaluate") if stage in stages]:
+        try:
+            require_fit({"CPU": cpus.get(stage, 1.0), **resources_of(config, stage)})
+        except ResourceError as error:
+            raise ResourceError(f"{stage}: {error}") from error
+    if "finetune" in stages and not present():
+        nodes, tune = list(living().values()), config.finetune
+        gpu = {"GPU": 1.0} if any(node.get("GPU") for node in nodes) else {}
+        wanted = {"CPU": tune.cpus_per_worker, **gpu, **resources_of(config, "finetune")}
+        refuse_unfit(nodes, wanted, tune.num_workers, tune.placement)
+
+
+def resources_of(config: PipelineConfig, stage: str) -> dict[str, float]:
+    """What each task of a stage takes beside CPUs."""
+    return {name: amount for owner, given in config.cluster.stage_resources.items() if owner == stage
+            for name, amount in given.items()}  # fmt: skip
+
+
+def node_refusals(config: PipelineConfig, stages: Collection[str]) -> list[Exception]:
+    """What stands against these stages on the user's own cluster that only its nodes can tell: they are asked."""
     from cluster.connection import disconnect
     from cluster.errors import ClusterError
 
@@ -60,6 +91,7 @@ def node_refusals(config: PipelineConfig) -> list[Exception]:
     try:
         open_cluster(config, store.root)
         require_alike_nodes(store.root, store.mirror)
+        require_room(config, stages)
     except ClusterError as error:
         return [error]
     finally:
@@ -115,16 +147,20 @@ def unit_runner(
     *,
     num_cpus: float,
     on_done: Callable[[Any, Any], None],
+    near: Callable[[Any], str] | None = None,
+    resources: Mapping[str, float] | None = None,
 ) -> None:
     """Run unit functions on the connected cluster, bounded in flight; one at a time once memory ran out.
+
+    `near` and `resources` say where; see `cluster.units.run_units`.
 
     Raises:
         Interrupted: the user asked to stop; units in flight were finished.
         OutOfMemoryError: a unit does not fit even alone.
     """
     from cluster.errors import OutOfMemoryError
-    from cluster.executor import run_units
     from cluster.failures import is_out_of_memory
+    from cluster.units import run_units
 
     done: set[int] = set()
 
@@ -132,10 +168,17 @@ def unit_runner(
         done.add(id(item))
         on_done(item, result)
 
-    def run(in_flight: int) -> None:
-        left = [item for item in items if id(item) not in done]
+    def run(in_flight: int | None) -> None:
         run_units(
-            fn, left, on_done=count, num_cpus=num_cpus, max_in_flight=in_flight, spread=True, should_stop=should_stop
+            fn,
+            [item for item in items if id(item) not in done],
+            on_done=count,
+            num_cpus=num_cpus,
+            max_in_flight=in_flight,
+            should_stop=should_stop,
+            near=near,
+            resources=resources,
+            node_wait_s=config.cluster.node_wait_s,
         )
 
     in_flight = config.cluster.max_in_flight or default_in_flight(config)
@@ -145,7 +188,8 @@ def unit_runner(
         except Exception as error:
             if in_flight == 1 or not is_out_of_memory(error):
                 raise
-            say(f"out of memory with {in_flight} units in flight; the other {len(items) - len(done)} go one at a time")
+            together = f"{in_flight} units in flight" if in_flight else "as many units in flight as fit"
+            say(f"out of memory with {together}; the other {len(items) - len(done)} go one at a time")
             run(1)
     except Exception as error:
         if is_out_of_memory(error):
@@ -155,10 +199,6 @@ def unit_runner(
         raise Interrupted(f"stopped with {len(done)} of {len(items)} units done; what is committed stays.")
 
 
-def default_in_flight(config: PipelineConfig) -> int:
-    """Units in flight: the physical cores of an embedded cluster, the CPUs of another."""
-    if config.cluster.address is None:
-        return os.cpu_count() or 1
-    import ray
-
-    return max(1, int(ray.cluster_resources().get("CPU", 1) / config.cluster.task_cpus))
+def default_in_flight(config: PipelineConfig) -> int | None:
+    """Units in flight: the physical cores of an embedded cluster; None, as many as fit, on another, which may grow."""
+    return os.cpu_count() or 1 if config.cluster.address is None else None

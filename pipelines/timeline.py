@@ -111,6 +111,23 @@ def draw_timeline(ax: Axes, tries: Sequence[Span]) -> None:
               labelcolor=INK, fontsize=9)  # fmt: skip
 
 
+def draw_nodes(ax: Axes, nodes: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+    """CPU use of each node over the run; a run that was left and gone on with has a gap."""
+    begun = min(at for points in nodes.values() for at, _ in points)
+    colours = [INK, *_COLOURS.values()]
+    for index, (name, points) in enumerate(list(nodes.items())[:MAX_WORKERS]):
+        times, shares = zip(*sorted(points), strict=True)
+        minutes = [(at - begun) / 60 for at in times]
+        marker = "o" if len(minutes) < 3 else None
+        colour = colours[index % len(colours)]
+        ax.plot(minutes, shares, color=colour, linewidth=1.0, label=name, marker=marker, markersize=3)
+    ax.set_ylim(0, 100)
+    ax.set_xlabel("minutes")
+    ax.set_ylabel("CPU, %")
+    if len(nodes) <= 8:
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=2, frameon=False, labelcolor=INK, fontsize=9)
+
+
 def _without_gaps(tries: Sequence[Span]) -> tuple[Any, list[float]]:
     """A function from times to places on the axis, on which no idle time is longer than `GAP_S`, and the cuts."""
     import numpy as np

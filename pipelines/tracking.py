@@ -175,6 +175,30 @@ class Tracker:
         self._client.log_batch(self._current, metrics=[Metric(key, value, now, step) for key, value in values.items()])
 
     @_mapped
+    def log_nodes(self, samples: list[tuple[str, float, dict[str, float]]]) -> None:
+        """Samples of nodes, as MLflow's system metrics of the parent run; the step is the second of the run."""
+        from mlflow.entities import Metric
+
+        begun = self._client.get_run(self.parent).info.start_time / 1000
+        found = [
+            Metric(f"system/{node}/{name}", value, int(at * 1000), max(0, int(at - begun)))
+            for node, at, values in samples
+            for name, value in values.items()
+        ]
+        for start in range(0, len(found), 1000):
+            self._client.log_batch(self.parent, metrics=found[start : start + 1000])
+
+    @_mapped
+    def node_history(self, name: str) -> dict[str, list[tuple[float, float]]]:
+        """(seconds since the epoch, value) of one system metric, by node."""
+        found = {}
+        for key in sorted(self._client.get_run(self.parent).data.metrics):
+            if re.fullmatch(rf"system/[^/]+/{name}", key):
+                history = self._client.get_metric_history(self.parent, key)
+                found[key.split("/")[1]] = [(metric.timestamp / 1000, metric.value) for metric in history]
+        return found
+
+    @_mapped
     def log_artifacts(self, path: Path, artifact_path: str | None = None, run_id: str | None = None) -> None:
         """A file or a directory, into the given run (default: the one that is running)."""
         log = self._client.log_artifacts if path.is_dir() else self._client.log_artifact

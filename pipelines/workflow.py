@@ -19,18 +19,19 @@ from typing import Any
 
 from cluster.durable import UnitStore, canonical, peak_rss_bytes, sha256_bytes, write_atomic, write_json
 from cluster.errors import OutOfMemoryError, StorageError
+from cluster.node_metrics import node_metrics
 from lowrank.reading import is_number, read_json
 from pipelines.artifacts import Manifest, Store, stage_key
 from pipelines.config import PipelineConfig, to_dict
 from pipelines.errors import GateError, Interrupted, LeaseError, PipelineError
 from pipelines.estimates import memory_advice
 from pipelines.lease import HeldLease, store_in_use
+from pipelines.portable import portable_yaml
 from pipelines.progress import ProgressBoard, StageProgress, hms
 from pipelines.run_lease import run_lease
 from pipelines.sources import Sources, hash_sources
 from pipelines.stages import STAGES
 from pipelines.stages.base import Context, Stage
-from pipelines.store_checks import is_uri
 from pipelines.summary import headline, shown, summarise
 from pipelines.timeline import counts
 from pipelines.tracking import Tracker, flatten
@@ -121,14 +122,17 @@ class Line:
         """Every stage, then the endpoint, the summary and the report."""
         from pipelines.endpoint import deploy_endpoint
         from pipelines.preflight import require_ready
-        from pipelines.session import on_cluster
+        from pipelines.session import on_cluster, require_room
 
         require_ready(self.config, self.sources, self.store)
         self._write_record("RUNNING")
         write_atomic(self.directory / "pipeline.yaml", portable_yaml(self.config))
         self.store.publish(self.directory / "pipeline.yaml")
-        with self._signals(), on_cluster(self.config, self.store):
+        with self._signals(), on_cluster(self.config, self.store), contextlib.ExitStack() as while_it_runs:
+            missing = [name for name, key in self.keys.items() if self.store.read_manifest(name, key) is None]
+            require_room(self.config, missing)
             self.tracker = self._track()
+            while_it_runs.enter_context(node_metrics(self.tracker.log_nodes, self.config.cluster.system_metrics_s))
             for stage in STAGES:
                 self._check_stop(stage.name)
                 self.records.append(self._stage(stage))
@@ -197,9 +201,10 @@ class Line:
             self._checked.add(name)
 
     def _execute(self, stage: Stage, store: UnitStore, progress: StageProgress) -> Manifest:
-        from pipelines.session import unit_runner
+        from pipelines.session import resources_of, unit_runner
 
         assert self.tracker is not None
+        wanted = resources_of(self.config, stage.name)
         context = Context(
             config=self.config,
             sources=self.sources,
@@ -207,7 +212,7 @@ class Line:
             store=store,
             inputs={name: self.store.artifact(name, self.keys[name]) for name in stage.inputs},
             input_keys={name: self.keys[name] for name in stage.inputs},
-            runner=partial(unit_runner, self.config, self._stopping, self.board.say),
+            runner=partial(unit_runner, self.config, self._stopping, self.board.say, resources=wanted),
             progress=progress,
             tracker=self.tracker,
             use_ray=True,
@@ -319,7 +324,8 @@ class Line:
             self.store.write_record(self.config.name, record | extra)
 
     def _finish(self, endpoint: dict[str, Any] | None) -> RunResult:
-        from pipelines.report import bring_for_report, write_report
+        from pipelines.report import write_report
+        from pipelines.report_files import bring_for_report
 
         assert self.tracker is not None
         self.held.require()
@@ -338,7 +344,8 @@ class Line:
         report, report_key = self.directory / "report.html", self._report_key(result)
         if self.store.read_record(self.config.name).get("report_key") != report_key or not report.is_file():
             bring_for_report(self._artifacts(), self.store.mirror)
-            write_report(report, self.config, result.summary, self._artifacts())  # seconds, for its pictures
+            nodes = self.tracker.node_history("cpu_utilization_percentage")
+            write_report(report, self.config, result.summary, self._artifacts(), nodes)  # seconds, for its pictures
             self.store.publish(report)
             self.tracker.log_artifacts(report, run_id=self.tracker.parent)
         for file in ("summary.json", "pipeline.yaml"):
@@ -378,23 +385,3 @@ def _record(stage: Stage, manifest: Manifest, sidecar: dict[str, Any], cached: b
         facts=manifest.facts,
         manifest_sha256=manifest.sha256,
     )
-
-
-def portable_yaml(config: PipelineConfig) -> bytes:
-    """The whole configuration as YAML with absolute paths, so that it means the same from any directory."""
-    import yaml
-
-    values = to_dict(config)
-    for section, name in (("model", "source"), ("model", "tokenizer"), ("data", "train"), ("data", "heldout")):
-        values[section][name] = _absolute(values[section][name])
-    if not is_uri(config.store.path):
-        values["store"]["path"] = str(Path(config.store.path).resolve())
-    text: str = yaml.safe_dump(values, sort_keys=False)
-    return text.encode()
-
-
-def _absolute(source: str | None) -> str | None:
-    """A local path made absolute; `package:`, `hub:` and URIs as they are."""
-    if source is None or ":" in source:
-        return source
-    return str(Path(source).expanduser().absolute())

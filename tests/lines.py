@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,17 +151,20 @@ def assert_nothing_done_twice(config: PipelineConfig, stage: str) -> int:
 
 
 class Driver:
-    """One `rankline run` in a process of its own, as a user starts it."""
+    """One `rankline run` or `resume` in a process of its own; `within` stands before its command line."""
 
-    def __init__(self, config: PipelineConfig, *arguments: str) -> None:
+    def __init__(
+        self, config: PipelineConfig, *arguments: str, within: Sequence[str] = (), resume: bool = False
+    ) -> None:
         path = store_of(config).root.parent / "pipeline.json"  # JSON is YAML
         path.parent.mkdir(parents=True, exist_ok=True)
+        command = ["resume", config.name, "--store", config.store.path] if resume else ["run", str(path)]
         path.write_text(json.dumps(to_dict(config)))
         self.config = config
         self.log = path.with_name(f"driver-{time.time_ns()}.log")
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "pipelines.cli", "run", str(path), *arguments],
+                [*within, sys.executable, "-m", "pipelines.cli", *command, *arguments],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=os.environ | {"HF_HUB_OFFLINE": "1"},
@@ -231,7 +234,7 @@ def run_serially(config: PipelineConfig, *stages: str) -> dict[str, Path]:
     sources = hash_sources(config, store.root / "_hashes.json")
     keys = stage_keys(config, sources)
 
-    def runner(fn: Callable[[Any], Any], items: Any, *, num_cpus: float, on_done: Callable[[Any, Any], None]) -> None:
+    def runner(fn: Callable[[Any], Any], items: Any, *, on_done: Callable[[Any, Any], None], **_options: Any) -> None:
         for item in items:
             on_done(item, fn(item))
 

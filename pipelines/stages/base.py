@@ -34,10 +34,16 @@ class Progress(Protocol):
 
 
 class UnitRunner(Protocol):
-    """Runs unit functions somewhere; see `cluster.executor.run_units`."""
+    """Runs unit functions somewhere; see `cluster.units.run_units`."""
 
     def __call__(
-        self, fn: Callable[[Any], Any], items: Sequence[Any], *, num_cpus: float, on_done: Callable[[Any, Any], None]
+        self,
+        fn: Callable[[Any], Any],
+        items: Sequence[Any],
+        *,
+        num_cpus: float,
+        on_done: Callable[[Any, Any], None],
+        near: Callable[[Any], str] | None = None,
     ) -> None: ...
 
 
@@ -66,8 +72,18 @@ class Context:
         """The units of an earlier stage."""
         return units_at(self.inputs[name], self.mirror)
 
-    def run_units(self, fn: Callable[[Any], Any], jobs: dict[str, Any], num_cpus: float = 1.0, extra: int = 0) -> None:
-        """Run `fn(job)` for every unit that is not committed yet; `extra` units follow that the driver makes itself."""
+    def run_units(
+        self,
+        fn: Callable[[Any], Any],
+        jobs: dict[str, Any],
+        num_cpus: float = 1.0,
+        extra: int = 0,
+        near: Callable[[Any], str] | None = None,
+    ) -> None:
+        """Run `fn(job)` for every unit that is not committed yet; `extra` units follow that the driver makes itself.
+
+        `near(job)` is the node that a unit's input lies on, where there are several.
+        """
         there = self.store.committed(jobs)
         missing = {unit: job for unit, job in jobs.items() if unit not in there}
         self.progress.total(len(jobs) + extra, len(jobs) - len(missing))
@@ -78,7 +94,7 @@ class Context:
             self.progress.advance(unit=unit, facts=partial(self.store.sidecar, unit))
 
         if missing:
-            self.runner(fn, list(missing.values()), num_cpus=num_cpus, on_done=done)
+            self.runner(fn, list(missing.values()), num_cpus=num_cpus, on_done=done, near=near)
         self.store.bring(jobs)
 
     def model_source(self, adapter_dir: Path | None = None) -> ModelSource:

@@ -8,8 +8,8 @@ With `stack`, equal-shaped weights are decomposed together as one tensor; each t
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from cluster.durable import UnitStore, units_at
 from cluster.objects import Mirror
 from lowrank.config import DecomposeConfig
 from pipelines.config import PipelineConfig, result_fields
+from pipelines.locality import block_on, weights_on
 from pipelines.sources import Sources
 from pipelines.stages.base import Context, Outcome, Stage
 
@@ -40,6 +41,7 @@ class DecomposeJob:
     config: DecomposeConfig
     use_ray: bool
     task_cpus: float
+    resources: Mapping[str, float] = field(default_factory=dict)
     mirror: Mirror | None = None
 
     @property
@@ -63,17 +65,23 @@ def run(ctx: Context) -> Outcome:
     shards = ShardSet(ctx.inputs["shard"], ctx.mirror)
     targets = select_targets(shards.architecture, ctx.config.decompose.target_modules)
     config, cpus = ctx.config.decompose, ctx.config.cluster.task_cpus
+    resources = ctx.config.cluster.stage_resources.get("decompose", {})
     jobs = {
-        unit: DecomposeJob(ctx.store.root, shards.path, unit, modules, config, ctx.use_ray, cpus, ctx.mirror)
+        unit: DecomposeJob(ctx.store.root, shards.path, unit, modules, config, ctx.use_ray, cpus, resources, ctx.mirror)
         for unit, modules in groups(targets, config.stack)
     }
     spectra = [f"spectrum.{unit}" for unit in jobs] if config.budget else []
+
+    def near(job: DecomposeJob) -> str:
+        return weights_on(shards, job.modules)
+
     if config.budget:
-        ctx.run_units(spectrum_unit, {f"spectrum.{unit}": job for unit, job in jobs.items()}, num_cpus=cpus, extra=1)
+        measured = {f"spectrum.{unit}": job for unit, job in jobs.items()}
+        ctx.run_units(spectrum_unit, measured, num_cpus=cpus, extra=1, near=near)
         ctx.commit("ranks", partial(_allocate, ctx.store, list(jobs.values()), config))
         ranks = ctx.store.read("ranks").facts["ranks"]
         jobs = {unit: replace(job, config=replace(config, rank=ranks[unit])) for unit, job in jobs.items()}
-    ctx.run_units(decompose_unit, jobs, num_cpus=cpus, extra=1)
+    ctx.run_units(decompose_unit, jobs, num_cpus=cpus, extra=1, near=near)
     modules = [spec.name for spec in targets]
     if config.stack:
         ctx.run_units(slice_unit, {m: (job, m) for job in jobs.values() for m in job.modules}, num_cpus=cpus, extra=1)
@@ -253,7 +261,7 @@ def _executor(job: DecomposeJob, num_blocks: int) -> Executor:
         return SerialExecutor()
     from cluster.executor import RayExecutor
 
-    return RayExecutor(num_cpus=job.task_cpus, spread=True)
+    return RayExecutor(num_cpus=job.task_cpus, spread=True, near=block_on, resources=job.resources)
 
 
 def _write_index(store: UnitStore, modules: list[str], directory: Path) -> dict[str, Any]:

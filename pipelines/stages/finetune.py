@@ -45,6 +45,8 @@ def run(ctx: Context) -> Outcome:
         name=f"finetune-{ctx.key}",
         use_gpu=_has_gpu(ctx.use_ray),
         mirror=ctx.mirror,
+        resources=ctx.config.cluster.stage_resources.get("finetune", {}),
+        node_wait_s=ctx.config.cluster.node_wait_s,
     )
     outcome = train(job, on_progress=_reporter(ctx, _total_steps(tune, train_tokens)), say=ctx.say)
     units = ["train-tokens", *(["heldout-tokens"] if tune.eval_every else []), "adapter"]

@@ -13,6 +13,7 @@ from cluster.durable import UnitStore, units_at
 from cluster.objects import Mirror
 from lowrank.config import QuantizeConfig
 from pipelines.config import PipelineConfig, result_fields
+from pipelines.locality import weights_on
 from pipelines.sources import Sources
 from pipelines.stages.base import Context, Outcome, Stage
 
@@ -45,7 +46,11 @@ def run(ctx: Context) -> Outcome:
         module: QuantizeJob(ctx.store.root, shards.path, factors, module, method, config, ctx.mirror)
         for module in modules
     }
-    ctx.run_units(quantize_unit, jobs, num_cpus=ctx.config.cluster.task_cpus, extra=1)
+
+    def near(job: QuantizeJob) -> str:
+        return weights_on(shards, [job.module])
+
+    ctx.run_units(quantize_unit, jobs, num_cpus=ctx.config.cluster.task_cpus, extra=1, near=near)
     ctx.commit("index", partial(_write_index, ctx.store, modules))
     records = [ctx.store.read(module).facts for module in modules]
     dense = sum(shards.tensors[f"{module}.weight"].nbytes for module in modules)

@@ -14,7 +14,8 @@ from typing import Any
 
 from cluster.durable import canonical, sha256_bytes
 from pipelines.config import PipelineConfig, result_fields
-from pipelines.report import bring_for_report, model_card, write_plots
+from pipelines.report import model_card, write_plots
+from pipelines.report_files import bring_for_report
 from pipelines.sources import Sources
 from pipelines.stages.base import Context, Outcome, Stage
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster import executor as module
+from cluster import units as module
 from cluster.errors import JobError, ResourceError
-from cluster.executor import RayExecutor, run_units, run_units_serial
+from cluster.executor import RayExecutor
+from cluster.units import run_units, run_units_serial
 from lowrank.errors import RankError
 from lowrank.executor import SerialExecutor
 

@@ -214,7 +214,7 @@ TWO_NODES = """
 import os, signal, sys, time
 from pathlib import Path
 from cluster import session
-from cluster.executor import run_units
+from cluster.units import run_units
 
 def unit(index):
     import ray

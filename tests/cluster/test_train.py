@@ -16,12 +16,12 @@ from ranks import Interrupted, run_processes
 from tiny import make_tiny, make_tokens
 from training import assert_same_training, losses_of, make_job, reference
 
-from cluster.config import FinetuneConfig
 from cluster.errors import ResourceError, TrainError
 from cluster.metrics import all_lines, read_metrics, steps_redone
 from cluster.model import ModelSource
+from cluster.placement import refuse_unfit
 from cluster.train_job import ADAPTER_UNIT, STOP_FILE, TrainJob
-from cluster.trainer import check_layout, train
+from cluster.trainer import train
 from cluster.training_state import checkpoints
 from lowrank.config import AdapterConfig
 
@@ -183,10 +183,12 @@ def test_a_loss_that_is_not_finite_stops_and_so_does_the_driver(
 
 
 def test_a_layout_larger_than_the_cluster_is_refused() -> None:
-    config = FinetuneConfig(num_workers=3, cpus_per_worker=2)
-    check_layout(config, False, {"CPU": 6})
+    wanted = {"CPU": 2.0}
+    refuse_unfit([{"CPU": 6}], wanted, 3, "spread")
     with pytest.raises(ResourceError, match=r"start 3 training workers: they need 6 CPUs, the cluster has 4"):
-        check_layout(config, False, {"CPU": 4})
+        refuse_unfit([{"CPU": 4}], wanted, 3, "spread")
+    with pytest.raises(ResourceError, match=r"they need 3 GPUs, the cluster has 2"):
+        refuse_unfit([{"CPU": 8, "GPU": 2}], wanted | {"GPU": 1}, 3, "pack")
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from lowrank.options import METHOD_OPTIONS
 from pipelines import workflow
 from pipelines.cli import build_parser, main
 from pipelines.config import parse
+from pipelines.portable import portable_yaml
 from pipelines.sources import hash_sources
 from pipelines.tracking import Tracker
 
@@ -193,7 +194,7 @@ def stored_run(pipeline: Path, status: str, **extra: Any) -> Path:
     keys = workflow.stage_keys(config, hash_sources(config, store / "_hashes.json"))
     record = {"name": config.name, "status": status, "keys": dict(sorted(keys.items())), "stages": {}, "manifests": {}}
     (directory / "run.json").write_text(json.dumps(record | extra))
-    (directory / "pipeline.yaml").write_bytes(workflow.portable_yaml(config))
+    (directory / "pipeline.yaml").write_bytes(portable_yaml(config))
     return store
 
 

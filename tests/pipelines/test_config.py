@@ -31,6 +31,7 @@ EXECUTION = {
         "num_workers",
         "cpus_per_worker",
         "threads_per_worker",
+        "placement",
         "backend",
         "micro_batch_size",
         "gradient_checkpointing",
@@ -59,7 +60,16 @@ EXECUTION = {
         "canary_share",
         "request_timeout_s",
     },
-    "cluster": {"address", "num_cpus", "max_in_flight", "task_cpus", "token_file"},
+    "cluster": {
+        "address",
+        "num_cpus",
+        "max_in_flight",
+        "task_cpus",
+        "stage_resources",
+        "node_wait_s",
+        "system_metrics_s",
+        "token_file",
+    },
     "store": {"path", "cache", "lease"},
 }
 

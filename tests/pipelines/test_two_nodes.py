@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,17 +17,20 @@ from object_stores import settings
 
 from cluster import session
 from pipelines.cli import main
+from pipelines.config import to_dict
+from pipelines.records import read_record
+from pipelines.tracking import default_uri
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(600)]
 
 
-@pytest.fixture
-def two_nodes(tmp_path: Path) -> Iterator[Any]:
-    """A head and one more node, both on this machine, found by their address only."""
-    store = tmp_path / "cluster"
+@pytest.fixture(scope="module")
+def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A head and one more node, which alone has `linalg`, both on this machine, found by their address only."""
+    store = tmp_path_factory.mktemp("cluster")
     head = session.start_or_adopt(store, num_cpus=4)
     try:
-        session.add_node(store, num_cpus=4)
+        session.add_node(store, num_cpus=4, resources={"linalg": 1})
         yield head
     finally:
         session.stop(store)
@@ -41,7 +47,7 @@ def test_two_nodes_share_the_work_and_leave_the_same_bytes(whole_line: Any, two_
     config = with_changes(
         whole_line.config,
         store={"path": str(tmp_path / "store")},
-        cluster={"address": None, "token_file": two_nodes.token_file},
+        cluster={"address": None, "token_file": two_nodes.token_file, "system_metrics_s": 2.0},
         finetune={"num_workers": 2, "cpus_per_worker": 1.0},
     )
     driver = Driver(config, "--address", two_nodes.address)
@@ -57,6 +63,61 @@ def test_two_nodes_share_the_work_and_leave_the_same_bytes(whole_line: Any, two_
     for stage in EXACT:
         assert unit_hashes(config, stage) == unit_hashes(whole_line.config, stage), stage
         assert assert_nothing_done_twice(config, stage) == 0
+    both_nodes_are_in_mlflow_and_in_the_report(config, nodes)
+
+
+def both_nodes_are_in_mlflow_and_in_the_report(config: Any, nodes: set[str]) -> None:
+    from mlflow import MlflowClient
+
+    root = store_of(config).root
+    record = read_record(store_of(config).run_dir(config.name))
+    client = MlflowClient(tracking_uri=default_uri(root))
+    metrics = client.get_run(record["mlflow_run_id"]).data.metrics
+    system = {key.split("/")[1]: key for key in metrics if key.startswith("system/")}
+    assert {name.rpartition("-")[2] for name in system} == {node[:8] for node in nodes}
+    for name in system:
+        for what in ("cpu_utilization_percentage", "system_memory_usage_megabytes", "disk_usage_percentage",
+                     "network_receive_megabytes"):  # fmt: skip
+            history = client.get_metric_history(record["mlflow_run_id"], f"system/{name}/{what}")
+            assert len(history) >= 3, what
+            assert all(one.value >= 0 for one in history)
+            assert [one.step for one in history] == sorted({one.step for one in history})
+        shares = client.get_metric_history(record["mlflow_run_id"], f"system/{name}/cpu_utilization_percentage")
+        assert max(one.value for one in shares) > 5, "both share a machine that works"
+    report = (store_of(config).run_dir(config.name) / "report.html").read_text()
+    assert "How busy the nodes were" in report
+    assert all(name in report for name in system)
+
+
+def test_stages_keep_to_the_nodes_that_have_what_they_ask_for(whole_line: Any, two_nodes: Any, tmp_path: Path) -> None:
+    """Decomposition on one node, training on the other, both workers."""
+    wanted = {"decompose": {"linalg": 0.01}, "finetune": {"node:__internal_head__": 0.01}}
+    config = with_changes(
+        whole_line.config,
+        store={"path": str(tmp_path / "store")},
+        cluster={"address": two_nodes.address, "token_file": two_nodes.token_file, "stage_resources": wanted},
+        finetune={"num_workers": 2, "cpus_per_worker": 1.0, "placement": "strict_pack", "max_steps": 2},
+        evaluate={"max_rows": 4, "must_improve": False},
+    )
+    for change, told in (
+        ("cluster.stage_resources={quantize: {tape: 1}}", "quantize: run tasks of 2 CPU and 1 tape: no node is large"),
+        (
+            "finetune.placement=strict_spread",
+            "'strict_spread': of 1 CPU, 0.01 node:__internal_head__ each",
+        ),
+    ):
+        (tmp_path / "p.yaml").write_text(json.dumps(to_dict(config)))
+        command = [sys.executable, "-m", "pipelines.cli", "plan", str(tmp_path / "p.yaml"), "--set", change]
+        ended = subprocess.run(command, capture_output=True, text=True)
+        assert ended.returncode == 2, ended.stderr
+        assert told in " ".join((ended.stdout + ended.stderr).split())
+    driver = Driver(config)
+    assert driver.wait(400) == 0, driver.text()
+    decomposed, trained = nodes_of(config, "decompose", "commit"), nodes_of(config, "finetune", "rank")
+    assert len(decomposed) == len(trained) == 1
+    assert not decomposed & trained
+    for stage in EXACT:
+        assert unit_hashes(config, stage) == unit_hashes(whole_line.config, stage), stage
 
 
 def test_two_nodes_share_nothing_but_an_object_store(
