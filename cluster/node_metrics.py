@@ -125,6 +125,10 @@ class _Nodes:
     def _ask(self) -> None:
         import ray
 
+        from cluster.watch import head_answers
+
+        if not head_answers():
+            return
         here, names = ray.get_runtime_context().get_node_id(), _names()
         self._samples.append((names.get(here, here[:8]), time.time(), self._own.sample()))
         self._actors = {node: actor for node, actor in self._actors.items() if node in names}
@@ -156,7 +160,9 @@ class _Nodes:
         """End the actors."""
         import ray
 
-        for actor in self._actors.values():
+        from cluster.watch import head_answers
+
+        for actor in self._actors.values() if head_answers() else ():
             with contextlib.suppress(Exception):
                 ray.kill(actor)
 

@@ -36,6 +36,7 @@ from cluster.metrics import Follower, read_metrics, steps_redone
 from cluster.noticeboard import Noticeboard
 from cluster.placement import fits, refuse_unfit
 from cluster.train_job import ADAPTER_UNIT, METRICS_FILE, OUTCOME_FILE, STOP_FILE, Place, TrainJob, TrainOutcome
+from cluster.watch import head_answers
 from cluster.zero import check_optimizer, zero_stage
 
 __all__ = ["TrainJob", "TrainOutcome", "train"]
@@ -105,6 +106,8 @@ class _Nodes:
         if now - self._looked < _LOOK_S:
             return
         self._looked = now
+        if not head_answers():  # who watches the cluster will tell
+            return
         nodes = list(living().values())
         if fits(nodes, job.wanted, job.config.num_workers, job.config.placement):
             self._held = now

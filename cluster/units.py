@@ -15,6 +15,7 @@ from cluster.errors import ConnectError, JobError
 from cluster.failures import translate
 from cluster.placement import Waiting
 from cluster.tasks import call, cancel, name_of, on_node, remote, require_fit, rooms_for, shown
+from cluster.watch import head_answers
 from lowrank.executor import Ref
 
 T = TypeVar("T")
@@ -205,7 +206,7 @@ class Shortage:
         self.over = False
 
     def look(self) -> dict[str, int] | None:
-        """The rooms of the nodes, or None where it is too early to look again.
+        """The rooms of the nodes, or None where it is too early to look again, or the head does not answer.
 
         Raises:
             JobError: no node has fitted for too long.
@@ -213,7 +214,10 @@ class Shortage:
         now = time.monotonic()
         if now - self._looked < _LOOK_S:
             return None
-        self._looked, rooms = now, rooms_for(self._wanted)
+        self._looked = now
+        if not head_answers():
+            return None
+        rooms = rooms_for(self._wanted)
         if rooms:
             self._fitted = now
         elif now - self._fitted > self._wait_s:

@@ -39,6 +39,13 @@ def watched(address: str, patience_s: float, lost: Callable[[], None]) -> Iterat
         ended.set()
 
 
+def head_answers() -> bool:
+    """Whether the head of the connected cluster does: of one that does not, Ray asks for a minute, deaf to signals."""
+    import ray
+
+    return answers(ray.get_runtime_context().gcs_address)
+
+
 def answers(address: str) -> bool:
     """Whether somebody listens at `host:port`."""
     with contextlib.suppress(OSError), socket.create_connection(split_address(address), timeout=_PERIOD_S):
