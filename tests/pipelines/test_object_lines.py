@@ -147,6 +147,7 @@ def test_killed_and_begun_again_with_nothing(whole_line: Any, s3: Any, tmp_path:
     assert summary["losses"] == pytest.approx(whole_line.result.summary["losses"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_server_goes_away_and_comes_back(whole_line: Any, s3: Any, tmp_path: Path) -> None:
     config = on_s3(whole_line, s3, tmp_path / "first")
     driver = Driver(config)

@@ -120,6 +120,7 @@ def test_stages_keep_to_the_nodes_that_have_what_they_ask_for(whole_line: Any, t
         assert unit_hashes(config, stage) == unit_hashes(whole_line.config, stage), stage
 
 
+@pytest.mark.slow
 def test_two_nodes_share_nothing_but_an_object_store(
     whole_line: Any, s3: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
