@@ -107,6 +107,26 @@ def test_a_driver_of_another_host_is_taken_over_when_its_lease_has_ended(url: st
             second.require()
 
 
+@pytest.mark.parametrize("changed", ["token", "beats"])
+def test_a_row_that_changed_since_it_was_read_is_not_taken(
+    url: str, changed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Databases that lock no row for a reader show one that another claimant has taken, or its holder kept, since."""
+    look = LeaseDatabase._row
+
+    def before(self: LeaseDatabase, connection: Any, run: str) -> dict[str, Any] | None:
+        row = look(self, connection, run)
+        old = {"token": "of the driver before"} if changed == "token" else {"beats": -1}
+        return None if row is None else dict(row) | old | {"left_s": -1.0}
+
+    with LeaseDatabase(url).held(RUN) as held:
+        monkeypatch.setattr(LeaseDatabase, "_row", before)
+        with pytest.raises(LeaseError, match="another driver took the lease just now"), LeaseDatabase(url).held(RUN):
+            pass
+        monkeypatch.undo()
+        held.require()
+
+
 def test_a_heart_beats_as_long_as_the_driver_lives(url: str) -> None:
     with LeaseDatabase(url, lease_s=0.6, beat_s=0.1).held(RUN):
         change(url, "place = 'elsewhere'")
