@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -26,15 +27,15 @@ _CHUNK = 8 * 2**20
 _READS = 10
 #: What to do about an object that is damaged.
 AGAIN = "Delete the stage that holds it and run again: it is made anew."
-#: (what a client says, what that means and what to do)
+#: (the words by one of which a client says it, what that means and what to do)
 _MEANINGS = (
-    (("NO_SUCH_BUCKET", "NoSuchBucket", "bucket does not exist"),
+    (r"NO_SUCH_BUCKET|NoSuchBucket|bucket does not exist",
      "there is no such bucket. Make it, or set store.path"),
-    (("ACCESS_DENIED", "AccessDenied", "403", "INVALID_ACCESS_KEY", "InvalidAccessKeyId", "SIGNATURE_DOES_NOT_MATCH",
-      "SignatureDoesNotMatch", "PermissionDenied", "UNAUTHENTICATED", "EXPIRED_TOKEN", "ExpiredToken"),
+    (r"ACCESS_DENIED|AccessDenied|status.{0,6}403\b|INVALID_ACCESS_KEY|InvalidAccessKeyId|SIGNATURE_DOES_NOT_MATCH|"
+     r"SignatureDoesNotMatch|PermissionDenied|PERMISSION_DENIED|UNAUTHENTICATED|EXPIRED_TOKEN|ExpiredToken",
      "access is refused. Set credentials that may list, read, write and delete there in every node's environment "
      "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, GOOGLE_APPLICATION_CREDENTIALS)"),
-    (("NETWORK_CONNECTION", "curlCode", "onnect", "imeout", "imed out"),
+    (r"NETWORK_CONNECTION|curlCode|[Cc]onnect|[Tt]imeout|[Tt]imed out",
      "it does not answer. Check the network and endpoint_override in store.path; what is committed stays, resume"),
 )  # fmt: skip
 
@@ -100,7 +101,7 @@ class Mirror:
             if isinstance(error, OSError) and error.errno is not None:  # a local disk
                 raise
             text = " ".join(str(error).split())
-            meaning = next((said for words, said in _MEANINGS if any(word in text for word in words)), "it failed")
+            meaning = next((said for words, said in _MEANINGS if re.search(words, text)), "it failed")
             raise StorageError(f"{doing} {self.url(path)}: {meaning} ({text[:300]}).") from error
 
     def put(self, path: Path, source: Path | bytes) -> None:

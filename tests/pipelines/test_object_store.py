@@ -240,6 +240,9 @@ def test_what_a_store_refuses_is_told(s3: Any, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"write s3://nowhere/.*: there is no such bucket\. Make it") as caught:
         Mirror(nowhere, tmp_path).probe()
     assert exit_code(caught.value) == 3
+    deaf = Mirror(s3.uri().replace(f":{s3.port}", ":1403"), tmp_path / "deaf")  # a port is no status
+    with pytest.raises(StorageError, match=r"look for s3://rankline/.*: it does not answer\. Check the network"):
+        deaf.size(tmp_path / "deaf/a")
     with pytest.raises(StorageError, match=r"open the store s3://rankline/x: .*Check store\.path"):
         Mirror("s3://rankline/x?what=1", tmp_path).probe()
     Mirror(s3.uri(), tmp_path).probe()
