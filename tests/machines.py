@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import psutil
 import pytest
@@ -28,6 +29,12 @@ HEALTH = {
     "health_check_failure_threshold": 3,
 }
 _PORT = 6379
+#: What Ray's provider of fake nodes wants of a head, whose id it presupposes.
+FAKE_CLOUD = {
+    "RAY_FAKE_CLUSTER": "1",
+    "RAY_OVERRIDE_NODE_ID_FOR_TESTING": "f" * 51 + "0" * 5,
+    "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+}
 
 
 class Machine:
@@ -111,19 +118,26 @@ class Machines:
         ip(*here, "route", "add", "default", "via", "10.213.0.254")
         return machine
 
-    def start(self, num_cpus: int, resources: Mapping[str, float] | None = None) -> Machine:
-        """Start a Ray node in a machine of its own; the first is the head."""
+    def start(
+        self, num_cpus: int, resources: Mapping[str, float] | None = None, autoscaling: Mapping[str, Any] | None = None
+    ) -> Machine:
+        """Start a Ray node in a machine of its own; the first is the head, with an autoscaler if told how."""
         first = not self.head.node
         machine = self.head if first else self._plug()
         temporary = self.root / str(len(self.machines))
         temporary.mkdir()
         flags = ["--head", f"--port={_PORT}", "--include-dashboard=false", "--system-config", json.dumps(HEALTH)]
+        if autoscaling is not None:
+            (temporary / "autoscaling.json").write_text(json.dumps(autoscaling))
+            flags.append(f"--autoscaling-config={temporary}/autoscaling.json")
         command = [
             *machine.within, sys.executable, "-m", "ray.scripts.scripts", "start", "--disable-usage-stats",
             *(flags if first else [f"--address={self.address}"]), f"--node-ip-address={machine.ip}",
             f"--num-cpus={num_cpus}", f"--resources={json.dumps(dict(resources or {}))}", f"--temp-dir={temporary}/ray",
         ]  # fmt: skip
         environment = processes.head_environment(self.tag, self.token, temporary) | {"GLOO_SOCKET_IFNAME": "eth0"}
+        if autoscaling is not None:
+            environment |= FAKE_CLOUD
         environment.pop(processes.LOOPBACK_ENV_VAR)
         started = subprocess.run(command, env=environment, cwd=temporary, capture_output=True, text=True, timeout=120)
         raylet = machine.raylet()
