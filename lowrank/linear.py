@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -76,6 +76,7 @@ class NF4Linear(nn.Module):
         expanded = weight.expand_absmax()
         self.out_features, self.in_features = weight.shape
         self._meta = dataclasses.replace(expanded, packed=torch.empty(0), absmax=torch.empty(0))
+        self.block_size = expanded.block_size
         self.register_buffer("packed", expanded.packed)
         self.register_buffer("absmax", expanded.absmax)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
@@ -86,7 +87,7 @@ class NF4Linear(nn.Module):
 
     def panels(self) -> Iterator[tuple[slice, Tensor]]:
         """W some rows at a time in fp32: (rows, W[rows]); the next panel of this thread overwrites the last one."""
-        (m, n), block_size = (self.out_features, self.in_features), self._meta.block_size
+        (m, n), block_size = (self.out_features, self.in_features), self.block_size
         whole_blocks = block_size // math.gcd(n, block_size)
         step = max(_PANEL // n // whole_blocks, 1) * whole_blocks
         for start in range(0, m, step):
@@ -107,7 +108,7 @@ class NF4Linear(nn.Module):
         if not _by_panels(x) or (x.requires_grad and torch.is_grad_enabled()):
             return None
         flat = x.reshape(-1, x.shape[-1])
-        y = kernels.product(flat, self.packed, self.absmax, self._meta.block_size, self.out_features)
+        y = kernels.product(flat, self.packed, self.absmax, self.block_size, self.out_features)
         return None if y is None else y.view(*x.shape[:-1], self.out_features)
 
 
@@ -135,6 +136,65 @@ def few_tokens_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
     y = y.view(*x.shape[:-1], len(weight))
     return y if bias is None else y.add_(bias)
+
+
+def joined(layers: Sequence[nn.Module]) -> DenseLinear | NF4Linear | None:
+    """Linear layers of one input as one, for inference: y (..., Σ m), their outputs one after another.
+
+    Their weights become views of its own, so that nothing is held twice.
+
+    Returns:
+        None where they are not all `nn.Linear`, nor all `NF4Linear` of whole blocks of one size.
+    """
+    if all(isinstance(layer, nn.Linear) for layer in layers):
+        return _joined_dense([layer for layer in layers if isinstance(layer, nn.Linear)])
+    packed = [layer for layer in layers if isinstance(layer, NF4Linear)]
+    sizes = {layer.block_size for layer in packed}
+    if len(packed) < len(layers) or len(sizes) > 1:
+        return None
+    if any(layer.out_features * layer.in_features % layer.block_size for layer in packed):
+        return None
+    return _joined_packed(packed)
+
+
+def _joined_dense(layers: list[nn.Linear]) -> DenseLinear:
+    weight, views = _one_after_another([layer.weight.detach() for layer in layers])
+    for layer, rows in zip(layers, views, strict=True):
+        layer.weight = nn.Parameter(rows, requires_grad=False)
+    made = DenseLinear(weight.shape[1], len(weight), bias=False, device="meta")
+    made.weight = nn.Parameter(weight, requires_grad=False)
+    made.register_parameter("bias", _joined_bias(layers, weight))
+    return made
+
+
+def _joined_packed(layers: list[NF4Linear]) -> NF4Linear:
+    packed, codes = _one_after_another([layer.packed.view(-1, 1) for layer in layers])
+    absmax, maxima = _one_after_another([layer.absmax.view(-1, 1) for layer in layers])
+    for layer, code, most in zip(layers, codes, maxima, strict=True):
+        layer.packed, layer.absmax = code, most.view(-1)
+    shape = (sum(layer.out_features for layer in layers), layers[0].in_features)
+    whole = NF4Tensor(packed, absmax.view(-1), layers[0].block_size, shape, torch.float32)
+    return NF4Linear(whole, _joined_bias(layers, absmax))
+
+
+def _joined_bias(layers: Sequence[nn.Linear | NF4Linear], like: Tensor) -> nn.Parameter | None:
+    if all(layer.bias is None for layer in layers):
+        return None
+    parts = [like.new_zeros(layer.out_features) if layer.bias is None else layer.bias.detach() for layer in layers]
+    return nn.Parameter(torch.cat(parts), requires_grad=False)
+
+
+def _one_after_another(parts: list[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Matrices of one width as rows of one, the one that they are views of already or a new one; and its views."""
+    first, sizes = parts[0], [len(part) for part in parts]
+    left = first.untyped_storage().nbytes() - first.storage_offset() * first.itemsize
+    if first.is_contiguous() and left >= sum(sizes) * first.stride(0) * first.itemsize:
+        whole = first.as_strided((sum(sizes), first.shape[1]), first.stride())
+        views = torch.split(whole, sizes)
+        if all(part.data_ptr() == view.data_ptr() for part, view in zip(parts, views, strict=True)):
+            return whole, views
+    whole = torch.cat(parts)
+    return whole, torch.split(whole, sizes)
 
 
 class ZeroLinear(nn.Module):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.serving.steps import Chunk, Rows, doubled, grown, mix_of, refuse_unknown, windows_of
 from lowrank.inject import AdaptedLinear, SavedModule, speakers
-from lowrank.linear import few_tokens_linear
+from lowrank.linear import joined
 from lowrank.mixing import Mix, MixedLayers
 
 if TYPE_CHECKING:
@@ -39,68 +39,25 @@ def may_fuse(model: PreTrainedModel) -> bool:
 
 
 class Joined:
-    """Linear layers of one input as one product, each with its own adapters.
-
-    Dense weights become views of one tensor, so that nothing is held twice.
-    """
+    """Linear layers of one input as one product where their bases can be joined, each with its own adapters."""
 
     def __init__(self, modules: list[nn.Module]) -> None:
-        """Args: modules: adapted or not."""
-        from torch import nn
-
+        """Args: modules: adapted or not; see `lowrank.linear.joined` for what becomes of their bases."""
         adapted = [module if isinstance(module, AdaptedLinear) else None for module in modules]
         self._bases: list[Any] = [module.base if isinstance(module, AdaptedLinear) else module for module in modules]
         self.sizes = [base.out_features for base in self._bases]
         self._mixed = MixedLayers(adapted, self.sizes)
-        self._weight: Tensor | None = None
-        self._bias: Tensor | None = None
-        if all(isinstance(base, nn.Linear) for base in self._bases):
-            self._join()
-
-    def _join(self) -> None:
-        import torch
-        from torch import nn
-
-        parts = [base.weight.detach() for base in self._bases]
-        self._weight = _joined_before(parts)
-        if self._weight is None:
-            self._weight = torch.cat(parts)
-            for base, rows in zip(self._bases, torch.split(self._weight, self.sizes), strict=True):
-                base.weight = nn.Parameter(rows, requires_grad=False)
-        if any(base.bias is not None for base in self._bases):
-            zeros = (self._weight.new_zeros(size) for size in self.sizes)
-            self._bias = torch.cat(
-                [empty if base.bias is None else base.bias.detach() for base, empty in zip(self._bases, zeros)]
-            )
+        self._whole = joined(self._bases)
 
     def __call__(self, x: Tensor, mix: Mix | None) -> Tensor:
         """y (rows, Σ m) for x (rows, n)."""
         import torch
 
-        if self._weight is None:
-            y = torch.cat([base(x) for base in self._bases], dim=-1)
-        else:
-            y = few_tokens_linear(x, self._weight, self._bias)
+        y: Tensor
+        y = torch.cat([base(x) for base in self._bases], dim=-1) if self._whole is None else self._whole(x)
         if mix is not None:
             self._mixed.change(y, x, mix)
         return y
-
-
-def _joined_before(parts: list[Tensor]) -> Tensor | None:
-    """The tensor whose rows these are, one after another, if they are."""
-    import torch
-
-    first, total = parts[0], sum(len(part) for part in parts)
-    whole = first.as_strided((total, first.shape[1]), (first.shape[1], 1)) if _holds(first, total) else None
-    if whole is None:
-        return None
-    together = zip(parts, torch.split(whole, [len(part) for part in parts]), strict=True)
-    return whole if all(part.data_ptr() == rows.data_ptr() for part, rows in together) else None
-
-
-def _holds(first: Tensor, rows: int) -> bool:
-    left = first.untyped_storage().nbytes() - first.storage_offset() * first.itemsize
-    return first.is_contiguous() and left >= rows * first.shape[1] * first.itemsize
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ _SOURCES = (
     *("packed.c", "products.c", "ratings.c", "nf4.c", "grouped.c", "dense.c", "attend.c", "kronecker.c"),
     "threads.c",
 )
-_HEADERS = ("threads.h",)
+_HEADERS = ("threads.h", "tokens.h")
 # Not -ffast-math: it would switch the whole process to flushing subnormal numbers.
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math")
 _SHARED = ("-shared", "-fPIC", "-std=gnu11", "-pthread", "-fopenmp")

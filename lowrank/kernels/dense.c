@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "threads.h"
+#include "tokens.h"
 
 typedef float v16 __attribute__((vector_size(64), aligned(4), may_alias));
 
@@ -90,15 +91,12 @@ int product_dense(int64_t tokens, int64_t m, int64_t n, const float *x, const fl
         job.work = by_rows[tokens];
         return run(&job, threads);
     }
-    float *side_by_side = aligned_alloc(64, (size_t)n * WIDTH * sizeof(float));
-    if (side_by_side == NULL) return 1;
-    memset(side_by_side, 0, (size_t)n * WIDTH * sizeof(float));
-    for (int64_t t = 0; t < tokens; t++)
-        for (int64_t j = 0; j < n; j++) side_by_side[j * WIDTH + t] = x[t * n + j];
-    dense.x = side_by_side;
+    float *turned = side_by_side(x, tokens, n, WIDTH);
+    if (turned == NULL) return 1;
+    dense.x = turned;
     job.rows = (m + GROUP - 1) / GROUP;
     job.work = columns;
     const int failed = run(&job, threads);
-    free(side_by_side);
+    free(turned);
     return failed;
 }

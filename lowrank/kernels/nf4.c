@@ -11,6 +11,7 @@
 #endif
 
 #include "threads.h"
+#include "tokens.h"
 
 /* Entries that one thread takes at least; every block size divides it. */
 #define UNIT 4096
@@ -189,10 +190,10 @@ int dequantize_nf4(int64_t numel, int64_t block, const uint8_t *packed, const fl
 
 typedef struct {
     int64_t tokens, m, n, block;
-    const float *x;
+    const float *x; /* (tokens, n), or (n, 8 or 16) for more than four */
     const uint8_t *packed;
     const float *absmax, *levels;
-    float *y;
+    float *y; /* (tokens, m) */
 } Product;
 
 /* One to four tokens: two rows are decoded in registers, 64 columns at a time, and multiplied by each token. An odd
@@ -267,26 +268,31 @@ DEFINE_ROWS(4)
                         for (int r = 0; r < GROUP; r++) sums[r] += w[r][k] * x;                           \
                     }                                                                                     \
                 }                                                                                         \
-                for (int r = 0; r < rows; r++) *(v##T *)(p->y + (low + r) * T) = sums[r];                 \
+                for (int64_t t = 0; t < p->tokens; t++)                                                   \
+                    for (int r = 0; r < rows; r++) p->y[t * p->m + low + r] = sums[r][t];                 \
             }                                                                                             \
     }
 DEFINE_COLUMNS(8)
 DEFINE_COLUMNS(16)
 
-/* y = x Wᵀ of W (m, n), n a multiple of 64. Up to four tokens: x (tokens, n) and y (tokens, m). Eight or sixteen
-   tokens: x (n, tokens) and y (m, tokens). Nonzero: not done. The bits do not depend on `threads`. */
+/* x (tokens, n), W (m, n) -> y (tokens, m); one to sixteen tokens, n a multiple of 64. Nonzero: not done. The bits of a
+   token do not depend on `threads`. */
 int product_nf4(int64_t tokens, int64_t m, int64_t n, int64_t block, const float *x, const uint8_t *packed,
                 const float *absmax, const float *levels, float *y, int threads) {
     static void (*const by_rows[])(Job *) = {NULL, rows_1, rows_2, rows_3, rows_4};
-    const int side_by_side = tokens == 8 || tokens == 16;
-    if (n % CHUNK || tokens < 1 || (tokens > 4 && !side_by_side)) return 1;
-    const Product product = {tokens, m, n, block, x, packed, absmax, levels, y};
+    if (n % CHUNK || tokens < 1 || tokens > 16) return 1;
+    Product product = {tokens, m, n, block, x, packed, absmax, levels, y};
     Job job = {(m + 1) / 2, 0, NULL, &product};
-    if (side_by_side) {
-        job.rows = (m + GROUP - 1) / GROUP;
-        job.work = tokens == 8 ? columns_8 : columns_16;
-    } else {
+    if (tokens <= 4) {
         job.work = by_rows[tokens];
+        return run(&job, threads);
     }
-    return run(&job, threads);
+    float *turned = side_by_side(x, tokens, n, tokens <= 8 ? 8 : 16);
+    if (turned == NULL) return 1;
+    product.x = turned;
+    job.rows = (m + GROUP - 1) / GROUP;
+    job.work = tokens <= 8 ? columns_8 : columns_16;
+    const int failed = run(&job, threads);
+    free(turned);
+    return failed;
 }

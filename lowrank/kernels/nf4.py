@@ -37,8 +37,8 @@ MOST_TOKENS = 16
 CHUNK = 64
 #: Smallest divisor of a block, as bitsandbytes has it.
 _LEAST = 1e-38
-#: Entries that make another thread worth its start.
-_ENTRIES_PER_THREAD = 2**20
+#: Entries that make another thread worth its start, to quantize or dequantize them and to multiply tokens by them.
+_ENTRIES_PER_THREAD, _PRODUCTS_PER_THREAD = 2**20, 2**17
 #: Entries that the torch path holds as codes at a time.
 _SLICE = 2**20
 
@@ -100,15 +100,10 @@ def product(x: Tensor, packed: Tensor, absmax: Tensor, block_size: int, m: int) 
     compiled = kernel() if 0 < tokens <= MOST_TOKENS and n % CHUNK == 0 else None
     if compiled is None:
         return None
-    width = tokens if tokens <= 4 else 8 if tokens <= 8 else 16
-    if width <= 4:
-        held, y = x.contiguous(), torch.empty(tokens, m)
-    else:
-        held, y = torch.zeros(n, width), torch.empty(m, width)
-        held[:, :tokens] = x.T
+    held, y = x.contiguous(), torch.empty(tokens, m)
+    threads = _threads(m * n, _PRODUCTS_PER_THREAD)
     addresses = map(_address, (held, packed, absmax, levels(), y))
-    compiled.product_nf4(*_integers(width, m, n, block_size), *addresses, _threads(m * n))
-    return y if width <= 4 else y[:, :tokens].T.contiguous()
+    return None if compiled.product_nf4(*_integers(tokens, m, n, block_size), *addresses, threads) else y
 
 
 @cache
@@ -154,8 +149,8 @@ def _dequantize_sliced(packed: Tensor, absmax: Tensor, block_size: int, out: Ten
         torch.mul(values, scales[: len(part)], out=part)
 
 
-def _threads(entries: int) -> int:
-    return max(1, min(torch.get_num_threads(), entries // _ENTRIES_PER_THREAD))
+def _threads(entries: int, per_thread: int = _ENTRIES_PER_THREAD) -> int:
+    return max(1, min(torch.get_num_threads(), entries // per_thread))
 
 
 def _integers(*values: int) -> list[ctypes.c_int64]:

@@ -123,13 +123,14 @@ def test_other_dtypes_round_as_bitsandbytes_does(path: str, dtype: torch.dtype) 
 
 @needs_compiler
 def test_bits_do_not_depend_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, x = normal(2**21 + 34), normal(3, 1024)
+    weight = normal(2**21 + 34)
     results = []
     for threads in (1, 5):
-        monkeypatch.setattr(nf4, "_threads", lambda entries, threads=threads: threads)
+        monkeypatch.setattr(nf4, "_threads", lambda *_, threads=threads: threads)
         packed, absmax = nf4.quantize(weight, 64)
         out = nf4.dequantize(packed, absmax, 64, torch.empty_like(weight))
-        results.append((packed, absmax, out, nf4.product(x, packed, absmax, 64, 2000)))
+        products = [nf4.product(normal(tokens, 1024), packed, absmax, 64, 2000) for tokens in (3, 8, 16)]
+        results.append((packed, absmax, out, *products))
     assert all(torch.equal(one, other) for one, other in zip(*results))
 
 
