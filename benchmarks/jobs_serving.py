@@ -351,11 +351,10 @@ def seconds_with_store(model: Any, table: dict[str, str], asked: Sequence[str]) 
     from cluster.serving.holder import ModelHolder
     from cluster.serving.slots import Job
     from cluster.serving.sources import FixedSource, Version
-    from cluster.serving.store import AdapterStore, FullError, Lease
+    from cluster.serving.store import AdapterStore, FullError, Lease, freeze_collector
 
     one = Path(table["a0"], "adapter_model.safetensors").stat().st_size
-    # A and B of a file, and Bᵀ beside them.
-    store = AdapterStore(ModelHolder(model), FixedSource(table), {}, int(RESIDENT * 1.65 * one))
+    store = AdapterStore(ModelHolder(model), FixedSource(table), {}, RESIDENT * one)
     engine = Engine(model, Ids(), [], max_concurrent=REQUESTS)
     misses: list[float] = []
 
@@ -380,6 +379,7 @@ def seconds_with_store(model: Any, table: dict[str, str], asked: Sequence[str]) 
     try:
         for name in dict.fromkeys(asked[:RESIDENT]):
             store.lease(Version(name)).release()
+        freeze_collector()
         memory = psutil.Process().memory_info().rss
         began = time.perf_counter()
         with ThreadPoolExecutor(REQUESTS) as pool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lowrank.adapters.base import Adapter
 from lowrank.errors import AdapterError
-from lowrank.kernels.grouped import GroupedPairs, Layout, PairSet
+from lowrank.kernels.grouped import GroupedPairs, Layout, Pair, PairSet, readable
 from lowrank.kernels.kronecker import Factors, GroupedKroneckers
 
 #: Ranks, and numbers over those of the adapter, up to which a change that is a pair B A is kept as one for a `Mix`.
@@ -64,13 +64,13 @@ class Ready:
 
     Attributes:
         adapter: itself.
-        pair: A (r, n) and Bᵀ (r, m) with ΔW = B A, or of (W + ΔW) = diag(gain)·W + B A.
+        pair: of ΔW = s B A, or of (W + ΔW) = diag(gain)·W + s B A.
         gain: (m,), or None where rows of W keep their length.
         kronecker: what `GroupedKroneckers` takes.
     """
 
     adapter: Adapter
-    pair: tuple[Tensor, Tensor] | None
+    pair: Pair | None
     gain: Tensor | None
     kronecker: Factors | None
 
@@ -84,14 +84,14 @@ class Ready:
         gained = adapter.gain_and_low_rank(base)
         if gained is not None:
             gain, left, right = (part.detach() for part in gained)
-            return cls(adapter, (right.contiguous(), left.T.contiguous()), gain, None)
+            return cls(adapter, readable(Pair(right, left.T)), gain, None)
         pair = _pair_of(adapter)
         factors = adapter.kronecker() if pair is None else None
         return cls(adapter, pair, None, None if factors is None else GroupedKroneckers.prepared(factors))
 
     def tensors(self) -> list[Tensor]:
         """Of the adapter, and what was made of them."""
-        made = (*(self.pair or ()), *(self.kronecker or ()))
+        made = (*(self.pair[:2] if self.pair else ()), *(self.kronecker or ()))
         gain = () if self.gain is None else (self.gain,)
         return [*self.adapter.numbers(), *made, *gain]
 
@@ -101,19 +101,19 @@ def bytes_of(ready: Iterable[Ready]) -> int:
     return sum({tensor.data_ptr(): tensor.nbytes for one in ready for tensor in one.tensors()}.values())
 
 
-def _pair_of(adapter: Adapter) -> tuple[Tensor, Tensor] | None:
+def _pair_of(adapter: Adapter) -> Pair | None:
     """A (r, n) and Bᵀ (r, m) of an adapter whose change is B A at few more numbers than its own, or None."""
     if 0 in adapter.shape:  # PEFT's VeRA, which learns n from its first input
         return None
     pair = adapter.pair() if adapter.export == "exact" else None
     if pair is None:
         return None
-    (r, n), (ranks, m) = pair[0].shape, pair[1].shape
+    (r, n), (ranks, m) = pair.a.shape, pair.bt.shape
     if r != ranks or (m, n) != adapter.shape:
         raise AdapterError(f"its low-rank form is {[(m, ranks), (r, n)]}, of a change of shape {adapter.shape}.")
     if r > _MOST_RANKS or r * (m + n) > _MOST_NUMBERS * sum(tensor.numel() for tensor in adapter.numbers()):
         return None
-    return pair
+    return readable(pair)
 
 
 class Mixable(Protocol):

@@ -234,8 +234,11 @@ def application(spec: ServeSpec, config: ServeConfig) -> Any:
 
         def __serve_build_asgi_app__(self) -> Any:
             from cluster.serving.app import create_app
+            from cluster.serving.store import freeze_collector
 
-            return create_app(self.service, self.keys)
+            app = create_app(self.service, self.keys)
+            freeze_collector()
+            return app
 
         async def check_health(self) -> None:
             """Serve replaces a replica whose engine has died."""

@@ -6,6 +6,7 @@ model's shapes, finite. On a GPU what is evicted stays in the host's memory for 
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
 import os
@@ -286,6 +287,16 @@ class AdapterStore:
         self._host[version] = kept
         while sum(files.num_bytes for files in self._host.values()) > self._host_bytes:
             self._host.popitem(last=False)
+
+
+def freeze_collector() -> None:
+    """Take what exists by now out of the garbage collector's sight; for a process that has all it needs to serve.
+
+    An adapter is made of thousands of objects. Loading some would have the collector look through all of the model's
+    and the libraries' again, for a good part of a second in which every thread waits.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def _log_failure(load: Future[None]) -> None:

@@ -22,6 +22,7 @@ from lowrank.config import AdapterConfig
 from lowrank.errors import AdapterError
 from lowrank.factors import LoRAExport, StructuredFactors
 from lowrank.factors.base import factored_svd
+from lowrank.kernels.grouped import Pair
 
 Export = Literal["exact", "truncated", "merge-only"]
 
@@ -116,10 +117,10 @@ class Adapter(nn.Module, ABC):
         """left (m, R) and right (R, n) with left @ right = ΔW exactly, s included; None where R would be min(m, n)."""
         return None
 
-    def pair(self) -> tuple[Tensor, Tensor] | None:
-        """A (R, n) and Bᵀ (R, m) of `low_rank`, both contiguous and detached, s included; for inference."""
+    def pair(self) -> Pair | None:
+        """`low_rank`, detached, for inference."""
         form = self.low_rank()
-        return None if form is None else (form[1].detach().contiguous(), form[0].detach().T.contiguous())
+        return None if form is None else Pair(form[1].detach().contiguous(), form[0].detach().T)
 
     def gain_and_low_rank(self, base: nn.Module) -> tuple[Tensor, Tensor, Tensor] | None:
         """g (m,), left (m, R), right (R, n) with W + ΔW = diag(g)·W + left @ right over a frozen `base`, or None.

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,6 +16,7 @@ from lowrank.adapters.pairs import initial_pair
 from lowrank.adapters.settings import dropout_of, scaling_from
 from lowrank.config import AdapterConfig
 from lowrank.errors import AdapterError
+from lowrank.kernels.grouped import Pair
 
 
 class LoRA(Adapter):
@@ -63,11 +63,9 @@ class LoRA(Adapter):
         """(s·B, A)."""
         return self.scaling * self.lora_b, self.lora_a
 
-    def pair(self) -> tuple[Tensor, Tensor]:
-        """(A, s·Bᵀ), scaled while it is turned."""
-        b = self.lora_b.detach()
-        turned = torch.mul(b.T, self.scaling, out=b.new_empty(b.shape[::-1]))
-        return self.lora_a.detach().contiguous(), turned
+    def pair(self) -> Pair:
+        """A and B as they lie, and s."""
+        return Pair(self.lora_a.detach().contiguous(), self.lora_b.detach().T, self.scaling)
 
     def tensors(self) -> dict[str, Tensor]:
         """A and B by PEFT's names."""

@@ -1,4 +1,4 @@
-"""y[t] += Bᵀ(A x[t]) for tokens that have different low-rank pairs, each pair read once and where it lies.
+"""y[t] += s B(A x[t]) for tokens that have different low-rank pairs, each pair read once and where it lies.
 
 Compiled for fp32 on a CPU where a compiler is there; elsewhere two products per pair.
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +21,18 @@ from lowrank.kernels.build import kernel
 _TOKENS = 4
 #: Bytes of pairs that make another thread worth its while.
 _BYTES_PER_THREAD = 2**19
-#: Of the C source: rank, first column, columns, A, B.
-_PAIR = struct.Struct("=5q")
+#: Of the C source: rank, first column, columns, A, B, whether that is (m, r), s.
+_PAIR = struct.Struct("=6qd")
+#: B is read as it lies where its rank is a multiple of this; TOGETHER of the C source.
+_TOGETHER = 8
+
+
+class Pair(NamedTuple):
+    """A change s·B·A of a linear layer: A (r, n), contiguous, and Bᵀ (r, m), best a view of B where that lies."""
+
+    a: Tensor
+    bt: Tensor
+    scaling: float = 1.0
 
 
 class Layout:
@@ -44,20 +55,28 @@ class Layout:
 class PairSet:
     """The pairs of one owner for layers that have one input."""
 
-    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor] | None], columns: Sequence[int]) -> None:
-        """Args: pairs: A (r, n) and Bᵀ (r, m) of every layer, s included. columns: where in y its m columns begin."""
-        held = [None if pair is None else (pair[0].contiguous(), pair[1].contiguous()) for pair in pairs]
-        together = list(zip(held, columns, strict=True))
-        self.parts = [(*pair, slice(at, at + pair[1].shape[1])) for pair, at in together if pair is not None]
-        self.is_float32 = all(part.dtype == torch.float32 for a, b, _ in self.parts for part in (a, b))
-        self.num_bytes = sum(a.nbytes + b.nbytes for a, b, _ in self.parts)
-        entries = ((0,) * 5 if pair is None else (len(pair[0]), at, pair[1].shape[1], *_pointers(pair))
-                   for pair, at in together)  # fmt: skip
-        self.entries = b"".join(_PAIR.pack(*entry) for entry in entries)
+    def __init__(self, pairs: Sequence[Pair | None], columns: Sequence[int]) -> None:
+        """Args: pairs: of every layer, as `readable` gives them. columns: where in y its m columns begin."""
+        together = list(zip(pairs, columns, strict=True))
+        self.parts = [(pair, slice(at, at + pair.bt.shape[1])) for pair, at in together if pair is not None]
+        self.is_float32 = all(part.dtype == torch.float32 for (a, bt, _), _ in self.parts for part in (a, bt))
+        self.num_bytes = sum(pair.a.nbytes + pair.bt.nbytes for pair, _ in self.parts)
+        self.entries = b"".join(_EMPTY if pair is None else _entry(pair, at) for pair, at in together)
 
 
-def _pointers(pair: tuple[Tensor, Tensor]) -> tuple[int, int]:
-    return pair[0].data_ptr(), pair[1].data_ptr()
+_EMPTY = bytes(_PAIR.size)
+
+
+def _entry(pair: Pair, column: int) -> bytes:
+    (rank, width), lies_turned = pair.bt.shape, pair.bt.is_contiguous()
+    return _PAIR.pack(rank, column, width, pair.a.data_ptr(), pair.bt.data_ptr(), not lies_turned, pair.scaling)
+
+
+def readable(pair: Pair) -> Pair:
+    """The same as the compiled product reads it: a copy of what lies otherwise."""
+    bt = pair.bt
+    as_it_lies = bt.is_contiguous() or (bt.T.is_contiguous() and len(bt) % _TOGETHER == 0)
+    return Pair(pair.a.contiguous(), bt if as_it_lies else bt.contiguous(), pair.scaling)
 
 
 class GroupedPairs:
@@ -66,7 +85,7 @@ class GroupedPairs:
     def __init__(self, owners: Sequence[PairSet | None], layers: int, layout: Layout) -> None:
         """Args: owners: of as many layers each, or None for one that has no pairs. layout: of the same owners."""
         self._owners, self._layers, self._layout = owners, layers, layout
-        absent = bytes(_PAIR.size * layers)
+        absent = _EMPTY * layers
         self._pairs = b"".join(absent if owner is None else owner.entries for owner in owners)
         sizes = [0 if owner is None else owner.num_bytes for owner in owners]
         self._bytes = sum(sizes[owner] for owner in layout.owners)
@@ -79,8 +98,8 @@ class GroupedPairs:
         """
         layout = self._layout
         for owner, run in layout.runs:
-            for a, b, columns in self._parts(owner):
-                y[run, columns].addmm_(x[run] @ a.to(x.dtype).T, b.to(x.dtype))
+            for (a, bt, scaling), columns in self._parts(owner):
+                y[run, columns].addmm_(x[run] @ a.to(x.dtype).T, bt.to(x.dtype), alpha=scaling)
         if self._bytes == 0:
             return
         compiled = kernel() if x.is_cpu and x.dtype == y.dtype == torch.float32 and self._is_float32 else None
@@ -93,12 +112,12 @@ class GroupedPairs:
         threads = max(1, min(torch.get_num_threads(), self._bytes // _BYTES_PER_THREAD))
         compiled.add_grouped(*sizes, *data, self._pairs, *layout.tables, threads)
 
-    def _parts(self, owner: int) -> Sequence[tuple[Tensor, Tensor, slice]]:
+    def _parts(self, owner: int) -> Sequence[tuple[Pair, slice]]:
         held = self._owners[owner]
         return () if held is None else held.parts
 
     def _add_by_products(self, y: Tensor, x: Tensor) -> None:
         for owner, own in enumerate(self._layout.tokens):
             here = torch.tensor(own, dtype=torch.int64, device=x.device)
-            for a, b, columns in self._parts(owner):
-                y[:, columns].index_add_(0, here, (x[here] @ a.to(x.dtype).T) @ b.to(x.dtype))
+            for (a, bt, scaling), columns in self._parts(owner):
+                y[:, columns].index_add_(0, here, (x[here] @ a.to(x.dtype).T) @ bt.to(x.dtype), alpha=scaling)

@@ -42,10 +42,29 @@ def test_without_a_kernel_torch_multiplies(monkeypatch: pytest.MonkeyPatch, widt
     assert _by_panels(w, x)[1].is_contiguous()
 
 
+def pair(a: torch.Tensor, bt: torch.Tensor, scaling: float) -> grouped.Pair:
+    return grouped.readable(grouped.Pair(a, bt, scaling))
+
+
+def change(one: grouped.Pair, x: torch.Tensor) -> torch.Tensor:
+    """s B A x in fp64."""
+    return one.scaling * (one.a.double() @ x.double()) @ one.bt.double()
+
+
+@pytest.mark.parametrize("rank", [8, 64])
+def test_a_pair_is_read_where_it_lies(rank: int) -> None:
+    a, b = torch.randn(rank, 40), torch.randn(30, rank)
+    read = grouped.readable(grouped.Pair(a, b.T))
+    assert (read.a.data_ptr(), read.bt.data_ptr()) == (a.data_ptr(), b.data_ptr())
+
+
 @pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_compiler), False])
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-    st.integers(1, 600), st.integers(1, 70), st.lists(st.integers(1, 150), min_size=1, max_size=12), st.integers(1, 20)
+    st.integers(1, 600),
+    st.integers(1, 70),
+    st.lists(st.one_of(st.integers(1, 150), st.sampled_from([8, 16, 64, 72])), min_size=1, max_size=12),
+    st.integers(1, 20),
 )
 def test_every_token_gets_the_pair_of_its_own(compiled: bool, m: int, n: int, ranks: list[int], tokens: int) -> None:
     generator = torch.Generator().manual_seed(m * 1000 + n)
@@ -53,24 +72,24 @@ def test_every_token_gets_the_pair_of_its_own(compiled: bool, m: int, n: int, ra
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
-    pairs = [(normal(r, n), normal(r, m)) for r in ranks]
+    # B as it lies, and turned.
+    pairs = [pair(normal(r, n), normal(m, r).T if at % 2 else normal(r, m), 0.5 + at) for at, r in enumerate(ranks)]
     owner = torch.randint(-1, len(pairs), (tokens,), generator=generator).tolist()
     x, y = normal(tokens, n), normal(tokens, m)
     expected = y.double()
-    for token, pair in enumerate(owner):
-        if pair >= 0:
-            a, b = pairs[pair]
-            expected[token] += (a.double() @ x[token].double()) @ b.double()
-    speaking = sorted({pair for pair in owner if pair >= 0})
+    for token, number in enumerate(owner):
+        if number >= 0:
+            expected[token] += change(pairs[number], x[token])
+    speaking = sorted({number for number in owner if number >= 0})
     if not speaking:
         return
-    own = [[t for t in range(tokens) if owner[t] == pair] for pair in speaking]
+    own = [[t for t in range(tokens) if owner[t] == number] for number in speaking]
     # The first pair's tokens as runs of one, which libraries multiply.
     parts = [([slice(t, t + 1) for t in ts], []) if at == 0 and tokens % 2 else ([], ts) for at, ts in enumerate(own)]
     with pytest.MonkeyPatch.context() as patch:
         if not compiled:
             patch.setattr(grouped, "kernel", lambda: None)
-        owners = [grouped.PairSet([pairs[pair]], [0]) for pair in speaking]
+        owners = [grouped.PairSet([pairs[number]], [0]) for number in speaking]
         grouped.GroupedPairs(owners, 1, grouped.Layout(parts)).add_to(y, x)
     torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
@@ -82,29 +101,27 @@ def test_pairs_of_several_layers_with_one_input(compiled: bool, monkeypatch: pyt
     monkeypatch.setattr(grouped, "_BYTES_PER_THREAD", 64)
     widths, firsts, n, tokens = [40, 7, 600], [0, 40, 47], 33, 30
     normal = torch.randn
-    pairs = [[(normal(r, n), normal(r, m)) if r else None for r, m in zip(ranks, widths, strict=True)]
-             for ranks in ((3, 70, 8), (0, 16, 2), (0, 0, 0))]  # fmt: skip
+    pairs = [[pair(normal(r, n), normal(m, r).T, 1.5) if r else None for r, m in zip(ranks, widths, strict=True)]
+             for ranks in ((3, 72, 8), (0, 16, 2), (0, 0, 0))]  # fmt: skip
     parts: list[tuple[list[slice], list[int]]] = [([], [0, 5, 7, 9, 12]), ([slice(13, 29)], [2]), ([], [1])]
     x, y = normal(tokens, n), normal(tokens, sum(widths) + 5)
     expected = y.double()
     for own, (runs, alone) in zip(pairs, parts, strict=True):
         for token in [*alone, *(t for run in runs for t in range(run.start, run.stop))]:
-            for pair, first in zip(own, firsts, strict=True):
-                if pair is not None:
-                    a, b = pair
-                    expected[token, first : first + b.shape[1]] += (a.double() @ x[token].double()) @ b.double()
+            for one, first in zip(own, firsts, strict=True):
+                if one is not None:
+                    expected[token, first : first + one.bt.shape[1]] += change(one, x[token])
     owners = [*(grouped.PairSet(own, firsts) for own in pairs[:2]), None]
     grouped.GroupedPairs(owners, 3, grouped.Layout(parts)).add_to(y[:, : sum(widths)], x)
     torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_pairs_of_another_dtype_are_not_read_as_fp32() -> None:
-    pairs = [
-        (torch.randn(3, 5, dtype=dtype), torch.randn(3, 4, dtype=dtype)) for dtype in (torch.float32, torch.float64)
-    ]
+    kinds = (torch.float32, torch.float64)
+    pairs = [pair(torch.randn(3, 5, dtype=dtype), torch.randn(3, 4, dtype=dtype), 0.5) for dtype in kinds]
     x, y = torch.randn(2, 5), torch.zeros(2, 4)
-    expected = torch.stack([x[i].double() @ a.double().T @ b.double() for i, (a, b) in enumerate(pairs)])
-    owners = [grouped.PairSet([pair], [0]) for pair in pairs]
+    expected = torch.stack([change(one, x[i]) for i, one in enumerate(pairs)])
+    owners = [grouped.PairSet([one], [0]) for one in pairs]
     grouped.GroupedPairs(owners, 1, grouped.Layout([([], [0]), ([], [1])])).add_to(y, x)
     torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-5)
 
