@@ -18,6 +18,7 @@ from typing import Any
 from harness import Row, main, row
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 #: Empty units of a stage: the ledger and the manifest must not cost more per unit at the larger number.
 FEW, MANY = 1_000, 100_000
 _CACHED = """
@@ -74,6 +75,40 @@ def cached_run() -> list[Row]:
     return [row("run with everything cached, in seconds", "-", min(plain), 2.0, "<=", note=note)]
 
 
+def demo() -> list[Row]:
+    """The part of the demo's time, from the command to the report, in which it makes no unit and trains nothing.
+
+    Training counts from the tokens on, with the start of its workers; the endpoint's start is no part of the run.
+    """
+    from pipelines.artifacts import Store
+    from pipelines.config import read_yaml
+    from pipelines.records import read_record
+    from pipelines.timeline import of_run
+
+    with tempfile.TemporaryDirectory() as scratch:
+        values = read_yaml(ROOT / "pipelines/configs/demo.yaml") | {"store": {"path": f"{scratch}/store"}}
+        path, store = Path(scratch) / "p.json", Store(Path(scratch) / "store")
+        path.write_text(json.dumps(values | {"serve": {"enabled": False}}))
+        command, environment = [sys.executable, "-m", "pipelines.cli"], os.environ | {"HF_HUB_OFFLINE": "1"}
+        try:
+            began = time.time()
+            subprocess.run([*command, "run", str(path), "--quiet"], cwd=ROOT, env=environment, check=True)
+            total = time.time() - began
+        finally:
+            subprocess.run([*command, "stop", "--store", str(store.root)], cwd=ROOT, env=environment, check=True)
+        keys = read_record(store.run_dir("demo"))["keys"]
+        found = of_run({name: store.units(name, key).root for name, key in keys.items()})
+    tuned = [span for span in found if span.stage == "finetune"]
+    ends = {span.unit: span.end for span in tuned}
+    work = [(span.start, span.end) for span in found] + [(ends["train-tokens"], max(ends.values()))]
+    busy, reached = 0.0, 0.0
+    for start, end in sorted(work):
+        busy, reached = busy + max(0.0, end - max(start, reached)), max(reached, end)
+    first = min(start for start, _ in work) - began
+    note = f"{total - busy:.1f} of {total:.0f} s, {first:.1f} of them before the first unit"
+    return [row("demo: time beside units and training", "the run", (total - busy) / total, 0.05, "<=", note=note)]
+
+
 def ledger() -> list[Row]:
     """Seconds per empty unit in a stage of 100,000 units over those in one of 1,000, of all that is done with it."""
     per_unit: dict[str, list[float]] = {}
@@ -112,4 +147,6 @@ def stage_of(number: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main("overheads", {"cached_run": cached_run, "ledger": ledger}, ["torch", "ray", "mlflow", "deepspeed"])
+    main(
+        "overheads", {"cached_run": cached_run, "demo": demo, "ledger": ledger}, ["torch", "ray", "mlflow", "deepspeed"]
+    )

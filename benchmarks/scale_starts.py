@@ -106,7 +106,7 @@ def _first_score(job: Any) -> int:
 
 
 def _tokenise(root: Path, tokenizer: Path) -> None:
-    """Ray Data over four rows."""
+    """Four rows, which no Ray Data is started for."""
     from tiny import arithmetic_rows, write_jsonl
 
     from cluster.config import DataConfig

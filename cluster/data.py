@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from cluster.config import DataConfig
 
 _BATCH_ROWS = 256
+#: Bytes of files from which Ray Data, which takes seconds to start, is faster than one process.
+_WORTH_RAY_BYTES = 4 * 2**20
 
 
 def prepare_tokens(
@@ -37,7 +39,8 @@ def prepare_tokens(
         tokenizer_dir: Directory with the tokenizer, or the units of `shard`, of which each node brings `meta`.
         config: Format and longest row.
         out: Directory of the result.
-        use_ray: Read and tokenise with Ray Data (needs a joined cluster); else in this process. The bytes are equal.
+        use_ray: Read and tokenise with Ray Data (needs a joined cluster) where files are not so small that its start
+            takes longer than the work; else in this process. The bytes are equal.
 
     Returns:
         rows, tokens, answer_tokens, truncated (rows whose prompt lost its beginning), longest, format, max_length.
@@ -53,7 +56,8 @@ def prepare_tokens(
         encode = EncodeBatch(str(tokenizer_dir.fetch("meta")), row_format, config.max_length, tokenizer_dir)
     else:
         encode = EncodeBatch(str(tokenizer_dir), row_format, config.max_length)
-    parts = list(_map_with_ray(where, encode) if use_ray else _map_in_process(where, encode))
+    by_ray = use_ray and where.num_bytes >= _WORTH_RAY_BYTES
+    parts = list(_map_with_ray(where, encode) if by_ray else _map_in_process(where, encode))
     mapped = _in_file_order(where, pa.concat_tables(parts) if parts else None)
     _raise_for_problems(where, mapped, encode)
     facts = _facts(mapped, row_format, config)

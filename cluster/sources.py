@@ -29,6 +29,11 @@ class Source:
     filesystem: Any
     files: tuple[str, ...]
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all files."""
+        return sum(info.size or 0 for info in self.filesystem.get_file_info(list(self.files)))
+
 
 def open_source(source: str) -> Source:
     """List the files of a path, directory, glob or URI.

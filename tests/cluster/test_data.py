@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from tiny import arithmetic_rows, make_tokenizer, write_jsonl
 
+from cluster import data
 from cluster.config import DataConfig
 from cluster.data import label_set, prepare_tokens, refuse_duplicates
 from cluster.errors import DataError
@@ -174,17 +175,25 @@ def test_a_directory_is_read_in_the_order_of_its_files(tokenizer_dir: Path, tmp_
 
 @pytest.mark.usefixtures("ray_head")
 @pytest.mark.filterwarnings("ignore")
-def test_ray_data_gives_the_same_bytes(tokenizer_dir: Path, tmp_path: Path) -> None:
+def test_ray_data_gives_the_same_bytes(tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_parts(tmp_path / "in")
+    asked = []
+    by_ray = data._map_with_ray
+    monkeypatch.setattr(data, "_map_with_ray", lambda *given: asked.append(given) or by_ray(*given))
+    prepare_tokens(str(tmp_path / "in"), tokenizer_dir, config_of(), tmp_path / "few", use_ray=True)
+    assert asked == []  # so little is faster here
+    monkeypatch.setattr(data, "_WORTH_RAY_BYTES", 0)
     for use_ray in (False, True):
         prepare_tokens(str(tmp_path / "in"), tokenizer_dir, config_of(), tmp_path / str(use_ray), use_ray=use_ray)
+    assert len(asked) == 1
     assert (tmp_path / "True" / TOKENS_FILE).read_bytes() == (tmp_path / "False" / TOKENS_FILE).read_bytes()
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_head")
 @pytest.mark.filterwarnings("ignore")
-def test_ray_data_names_the_bad_row(tokenizer_dir: Path, tmp_path: Path) -> None:
+def test_ray_data_names_the_bad_row(tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "_WORTH_RAY_BYTES", 0)
     bad = write_jsonl(tmp_path / "bad.jsonl", [*arithmetic_rows(5), {"prompt": 3, "completion": "x"}])
     with pytest.raises(DataError, match=r"bad.jsonl, row 6 as completion: 'prompt' is int '3'"):
         prepare_tokens(str(bad), tokenizer_dir, config_of(), tmp_path / "bad", use_ray=True)

@@ -30,11 +30,12 @@ def machines() -> Iterator[Machines]:
 
 
 def on_machines(config: PipelineConfig, machines: Machines, root: Path, **sections: Any) -> PipelineConfig:
-    """The same pipeline on the cluster of these machines, all of them at work, in a store of its own."""
+    """The same pipeline on the cluster of these machines, each at work on one unit, in a store of its own."""
     sections["cluster"] = {
         "address": machines.address,
         "token_file": str(machines.token),
-        "max_in_flight": 2 * len(machines.machines),
+        "max_in_flight": len(machines.machines),
+        "task_cpus": 4.0,
         **sections.get("cluster", {}),
     }
     return with_changes(config, store={"path": str(root / "store")}, **sections)

@@ -123,6 +123,7 @@ def test_a_corrupted_object_is_found_by_verify(
         s3.change(finished.store.path, name)  # flipped back
 
 
+@pytest.mark.slow
 def test_killed_and_begun_again_with_nothing(whole_line: Any, s3: Any, tmp_path: Path) -> None:
     config = on_s3(whole_line, s3, tmp_path / "first")
     for number, stage in enumerate(("decompose", "finetune")):

@@ -144,9 +144,8 @@ def test_parts_that_nothing_can_take_are_config_errors(tmp_path: Path, name: str
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=() if name == "lokr" else pytest.mark.slow) for name in LINES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", LINES)
 def test_it_runs_end_to_end(ray_head: Any, tmp_path: Path, family: str) -> None:
     tune = {"zero_stage": 2, "max_steps": 3}
     config = line(tmp_path, family, ray_head, finetune=tune, evaluate={"must_improve": False, "max_rows": 4})
