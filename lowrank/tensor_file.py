@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,6 +24,8 @@ DTYPES = {
     "I64": torch.int64,
     "I32": torch.int32,
 }
+#: Bytes of data that get pages of their own.
+_WORTH_PAGES = 2**20
 #: Longest header that is remembered.
 _MOST_REMEMBERED = 2**20
 
@@ -41,7 +44,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], list[Tensor]]:
         size = os.fstat(file.fileno()).st_size
         header = _Header(file.read(min(size, int.from_bytes(file.read(8), "little"))))
         header.path = path
-        data = torch.empty(size - file.tell(), dtype=torch.uint8)
+        data = _own_pages(size - file.tell())
         if file.readinto(data.numpy().data) != len(data):
             raise ValueError("the file changes while it is read")
     found: dict[str, Tensor] = {}
@@ -52,6 +55,13 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], list[Tensor]]:
         parts = torch.split(flats[-1], run.sizes)
         found |= {name: part.view(shape) for (name, shape), part in zip(run.shapes, parts, strict=True)}
     return found, flats
+
+
+def _own_pages(num_bytes: int) -> Tensor:
+    """Bytes that go back to the system as soon as nobody holds them: of what comes and goes, a heap keeps the holes."""
+    if num_bytes < _WORTH_PAGES:
+        return torch.empty(num_bytes, dtype=torch.uint8)
+    return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)
 
 
 @dataclass(frozen=True)

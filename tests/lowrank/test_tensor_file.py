@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -39,6 +40,22 @@ def test_files_of_all_dtypes_and_of_equal_headers(tmp_path: Path) -> None:
         assert_same(tmp_path / f"{seed}.safetensors")
     first, second = (load_tensors(tmp_path / f"{seed}.safetensors")[0]["F32.2"] for seed in (1, 2))
     assert not torch.equal(first, second)
+
+
+def test_what_is_let_go_goes_back_to_the_system(tmp_path: Path) -> None:
+    """Files come and go beside small tensors, which would sit in the holes that they leave in a heap."""
+    path, memory = tmp_path / "large.safetensors", psutil.Process().memory_info
+    save_file({"a": torch.arange(2**22, dtype=torch.float32)}, path)
+    held, small = [load_tensors(path)[0] for _ in range(4)], list[torch.Tensor]()
+    assert torch.equal(held[0]["a"], load_file(path)["a"])
+    before = memory().rss
+    for _ in range(24):
+        held = [*held[1:], load_tensors(path)[0]]
+        small += [torch.ones(2**14) for _ in range(4)]
+    assert memory().rss - before < 2 * 2**24 + sum(tensor.nbytes for tensor in small)
+    held[0]["a"].zero_()
+    del held
+    assert memory().rss < before - 2 * 2**24
 
 
 def test_tensors_stay_when_their_file_is_cut_short(tmp_path: Path) -> None:
