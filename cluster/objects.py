@@ -94,6 +94,11 @@ class Mirror:
         inner = path.relative_to(self.root).as_posix()
         return plain(self.uri) if inner == "." else f"{plain(self.uri)}/{inner}"
 
+    def uri_of(self, path: Path) -> str:
+        """The URI by which anybody opens that object, with the store's options."""
+        _, mark, options = self.uri.partition("?")
+        return f"{self.url(path)}{mark}{options}"
+
     @contextlib.contextmanager
     def _telling(self, doing: str, path: Path) -> Iterator[None]:
         import pyarrow as pa
