@@ -203,14 +203,14 @@ def stop(arguments: Namespace) -> int:
 
 
 def ui(arguments: Namespace) -> int:
-    """`rankline ui`: MLflow's own server on loopback, until Ctrl-C."""
+    """`rankline ui`: MLflow's own server on loopback, until Ctrl-C; or where the server is that keeps the runs."""
     from pipelines import mlflow_ui
 
-    def ready(url: str) -> None:
+    def ready(url: str, ours: bool) -> None:
         if arguments.json:
             _json({"url": url})
         else:
-            print(f"MLflow on {url}  (Ctrl-C ends it)")
+            print(f"MLflow on {url}  (Ctrl-C ends it)" if ours else f"MLflow on {url}")
         sys.stdout.flush()
 
     return mlflow_ui.serve(_store(arguments), arguments.port, ready)
