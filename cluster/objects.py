@@ -25,17 +25,24 @@ from cluster.errors import DamagedError, StorageError
 _CHUNK = 8 * 2**20
 #: How often an object is read that somebody writes over all the time.
 _READS = 10
+#: What a store is opened with unless its URI says otherwise: on S3 a small object is one PUT, and the client of GCS
+#: tries again for seconds, not for 15 minutes.
+_OPTIONS = {"s3": "allow_delayed_open=true", "gs": "retry_limit_seconds=10", "gcs": "retry_limit_seconds=10"}
 #: What to do about an object that is damaged.
 AGAIN = "Delete the stage that holds it and run again: it is made anew."
+#: The words by one of which a client says that there is no bucket; of GCS' a write finds all but the bucket.
+_NO_BUCKET = r"NO_SUCH_BUCKET|NoSuchBucket|bucket does not exist|^write .*google::cloud::Status\(NOT_FOUND"
 #: (the words by one of which a client says it, what that means and what to do)
 _MEANINGS = (
-    (r"NO_SUCH_BUCKET|NoSuchBucket|bucket does not exist",
+    (_NO_BUCKET,
      "there is no such bucket. Make it, or set store.path"),
     (r"ACCESS_DENIED|AccessDenied|status.{0,6}403\b|INVALID_ACCESS_KEY|InvalidAccessKeyId|SIGNATURE_DOES_NOT_MATCH|"
      r"SignatureDoesNotMatch|PermissionDenied|PERMISSION_DENIED|UNAUTHENTICATED|EXPIRED_TOKEN|ExpiredToken",
      "access is refused. Set credentials that may list, read, write and delete there in every node's environment "
      "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, GOOGLE_APPLICATION_CREDENTIALS)"),
-    (r"NETWORK_CONNECTION|curlCode|[Cc]onnect|[Tt]imeout|[Tt]imed out",
+    (r"OAuth2 access token",
+     "no token is to be had. Set GOOGLE_APPLICATION_CREDENTIALS in every node's environment, and check the network"),
+    (r"NETWORK_CONNECTION|curlCode|CURL error|UNAVAILABLE|DEADLINE_EXCEEDED|[Cc]onnect|[Tt]imeout|[Tt]imed out",
      "it does not answer. Check the network and endpoint_override in store.path; what is committed stays, resume"),
 )  # fmt: skip
 
@@ -46,12 +53,10 @@ def _open(uri: str) -> tuple[Any, str]:
     import pyarrow as pa
     from pyarrow import fs
 
-    # One PUT for a small object, where the client can.
-    delayed = uri
-    if uri.startswith("s3://") and "allow_delayed_open" not in uri:
-        delayed += f"{'&' if '?' in uri else '?'}allow_delayed_open=true"
+    option = _OPTIONS.get(uri.partition("://")[0], "")
+    completed = uri if option.partition("=")[0] in uri else f"{uri}{'&' if '?' in uri else '?'}{option}"
     try:
-        filesystem, prefix = fs.FileSystem.from_uri(delayed)
+        filesystem, prefix = fs.FileSystem.from_uri(completed)
     except (pa.ArrowException, ValueError, OSError) as error:
         raise StorageError(f"open the store {plain(uri)}: {error}. Check store.path.") from error
     return filesystem, prefix.rstrip("/")
@@ -89,20 +94,26 @@ class Mirror:
         inner = path.relative_to(self.root).as_posix()
         return plain(self.uri) if inner == "." else f"{plain(self.uri)}/{inner}"
 
+    def uri_of(self, path: Path) -> str:
+        """The URI by which anybody opens that object, with the store's options."""
+        _, mark, options = self.uri.partition("?")
+        return f"{self.url(path)}{mark}{options}"
+
     @contextlib.contextmanager
     def _telling(self, doing: str, path: Path) -> Iterator[None]:
         import pyarrow as pa
 
         try:
             yield
-        except FileNotFoundError as error:
-            raise FileNotFoundError(2, "no such object", self.url(path)) from error
         except (OSError, pa.ArrowException) as error:
-            if isinstance(error, OSError) and error.errno is not None:  # a local disk
+            text = " ".join(str(error).partition(" error_info=")[0].split())
+            if isinstance(error, FileNotFoundError) and not re.search(_NO_BUCKET, f"{doing} {text}"):
+                raise FileNotFoundError(2, "no such object", self.url(path)) from error
+            if isinstance(error, OSError) and error.errno is not None and "google::cloud" not in text:  # a local disk
                 raise
-            text = " ".join(str(error).split())
-            meaning = next((said for words, said in _MEANINGS if re.search(words, text)), "it failed")
-            raise StorageError(f"{doing} {self.url(path)}: {meaning} ({text[:300]}).") from error
+            meaning = next((told for words, told in _MEANINGS if re.search(words, f"{doing} {text}")), "it failed")
+            said = text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
+            raise StorageError(f"{doing} {self.url(path)}: {meaning} ({said}).") from error
 
     def put(self, path: Path, source: Path | bytes) -> None:
         """Write the object that `path` mirrors, from a local file or from bytes.
@@ -139,17 +150,27 @@ class Mirror:
             with self._telling("read", path), self.filesystem.open_input_stream(self.key(path)) as stream:
                 data: bytes = stream.read()
             if written_once or self.size(path) == len(data):
-                break
-        return data
+                return data
+        raise StorageError(f"read {self.url(path)}: it is written over all the time. End what writes it and try again.")
 
     def get_range(self, path: Path, start: int, length: int) -> bytes:
         """`length` bytes of an object from `start` on, and no more over the network.
 
+        On GCS a request for all of it goes before, which is hung up on: up to a MiB or so is sent for nothing.
+
         Raises:
             FileNotFoundError, StorageError: as `get`. DamagedError: the object ends before.
         """
-        with self._telling("read", path), self.filesystem.open_input_file(self.key(path)) as handle:
-            data: bytes = handle.read_at(length, start)
+        for left in reversed(range(_READS)):
+            try:
+                with self._telling("read", path), self.filesystem.open_input_file(self.key(path)) as handle:
+                    if handle.closed:
+                        raise FileNotFoundError
+                    data: bytes = handle.read_at(length, start)
+                break
+            except FileNotFoundError:  # GCS' client asks for the generation that was there when it opened the object
+                if not left or self.size(path) is None:
+                    raise
         if len(data) != length:
             raise DamagedError(f"read {self.url(path)}: it ends before byte {start + length}.")
         return data
@@ -213,11 +234,33 @@ class Mirror:
         """
         from pyarrow import fs
 
+        if directories and self._is_gcs:
+            return self._prefixes(path)
         with self._telling("list", path):
             found = self.filesystem.get_file_info(fs.FileSelector(self.key(path), allow_not_found=True))
         kind = fs.FileType.Directory if directories else fs.FileType.File
         named = (info for info in found if info.type == kind and not info.base_name.startswith("."))
         return {info.base_name: int(info.size or 0) for info in named}
+
+    def _prefixes(self, path: Path) -> dict[str, int]:
+        """The prefixes below a path by the objects there, each with their size: GCS' client lists no prefixes."""
+        start, found = f"{self.key(path)}/", dict[str, int]()
+        for info in self._below(path):
+            name, inner, _ = info.path.removeprefix(start).partition("/")
+            if inner and not name.startswith("."):
+                found[name] = found.get(name, 0) + int(info.size or 0)
+        return found
+
+    def _below(self, path: Path) -> list[Any]:
+        from pyarrow import fs
+
+        with self._telling("list", path):
+            below = fs.FileSelector(self.key(path), allow_not_found=True, recursive=True)
+            return list(self.filesystem.get_file_info(below))
+
+    @property
+    def _is_gcs(self) -> bool:
+        return bool(self.filesystem.type_name == "gcs")
 
     def total(self, path: Path) -> int:
         """Bytes of all objects below a path.
@@ -225,11 +268,7 @@ class Mirror:
         Raises:
             StorageError: the store refuses or does not answer.
         """
-        from pyarrow import fs
-
-        with self._telling("list", path):
-            below = fs.FileSelector(self.key(path), allow_not_found=True, recursive=True)
-            return sum(int(info.size) for info in self.filesystem.get_file_info(below) if info.is_file)
+        return sum(int(info.size) for info in self._below(path) if info.is_file)
 
     def delete(self, path: Path) -> None:
         """Remove an object, if it is there.
@@ -261,7 +300,10 @@ class Mirror:
             StorageError: the store refuses or does not answer.
         """
         with contextlib.suppress(FileNotFoundError), self._telling("delete", path):
-            self.filesystem.delete_dir(self.key(path))
+            if self._is_gcs:  # `delete_dir` would go for an object of the directory's own name too
+                self.filesystem.delete_dir_contents(self.key(path), missing_dir_ok=True)
+            else:
+                self.filesystem.delete_dir(self.key(path))
 
 
 def _put_file(path: Path, source: Path | bytes) -> None:

@@ -58,7 +58,9 @@ def _add_pipeline_commands(commands: argparse._SubParsersAction[argparse.Argumen
     }
     for name, text in texts.items():
         command = _command(commands, name, text)
-        command.add_argument("pipeline", nargs="?" if name == "plan" else None, help="pipeline YAML")
+        command.add_argument(
+            "pipeline", nargs="?" if name == "plan" else None, help="pipeline YAML, or its URI in an object store"
+        )
         command.add_argument(
             "--set", dest="overrides", action="append", default=[], metavar="PATH=VALUE", help="override a setting"
         )

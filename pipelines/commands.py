@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.config import PipelineConfig, json_schema, parse, read_yaml
 from pipelines.errors import DONE, WEIGHTS, ConfigError, exit_code
+from pipelines.portable import read_pipeline
 
 if TYPE_CHECKING:
     from pipelines.artifacts import Store
@@ -24,7 +25,7 @@ def _load(arguments: Namespace) -> PipelineConfig:
         overrides.append(f"store.cache={json.dumps(arguments.cache)}")
     if arguments.command == "run" and arguments.address:
         overrides.append(f"cluster.address={arguments.address}")
-    return parse(read_yaml(Path(arguments.pipeline)), overrides)
+    return parse(read_pipeline(arguments.pipeline), overrides)
 
 
 def _store(arguments: Namespace) -> Store:
@@ -202,14 +203,14 @@ def stop(arguments: Namespace) -> int:
 
 
 def ui(arguments: Namespace) -> int:
-    """`rankline ui`: MLflow's own server on loopback, until Ctrl-C."""
+    """`rankline ui`: MLflow's own server on loopback, until Ctrl-C; or where the server is that keeps the runs."""
     from pipelines import mlflow_ui
 
-    def ready(url: str) -> None:
+    def ready(url: str, ours: bool) -> None:
         if arguments.json:
             _json({"url": url})
         else:
-            print(f"MLflow on {url}  (Ctrl-C ends it)")
+            print(f"MLflow on {url}  (Ctrl-C ends it)" if ours else f"MLflow on {url}")
         sys.stdout.flush()
 
     return mlflow_ui.serve(_store(arguments), arguments.port, ready)

@@ -154,15 +154,26 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         with path.open("rb") as handle:
-            data = parse_yaml(handle.read(MOST_BYTES + 1))
+            data = handle.read(MOST_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"read pipeline {path}: {error.strerror}. Give the path of a pipeline YAML.") from error
+    return yaml_mapping(data, str(path))
+
+
+def yaml_mapping(text: bytes, name: str) -> dict[str, Any]:
+    """The mapping that a YAML file of that name holds.
+
+    Raises:
+        ConfigError: not YAML, too large, or not a mapping.
+    """
+    try:
+        data = parse_yaml(text)
     except ValueError as error:
         raise ConfigError(
-            f"read pipeline {path}: not valid YAML: {error}. Allowed are sections of plain values, each key once."
+            f"read pipeline {name}: not valid YAML: {error}. Allowed are sections of plain values, each key once."
         ) from error
     if not isinstance(data, dict):
-        raise ConfigError(f"read pipeline {path}: got {type(data).__name__}, allowed is a mapping of sections.")
+        raise ConfigError(f"read pipeline {name}: got {type(data).__name__}, allowed is a mapping of sections.")
     return data
 
 

@@ -40,6 +40,7 @@ _NOW = {
     "mysql": "UNIX_TIMESTAMP(SYSDATE(6))",
     "mariadb": "UNIX_TIMESTAMP(SYSDATE(6))",
 }
+_MYSQL = ("mysql", "mariadb")
 
 
 def lease_url(config: PipelineConfig) -> str:
@@ -91,8 +92,12 @@ class LeaseDatabase:
         import sqlalchemy as sa
 
         with self.telling("open the database of leases"):
-            options = {"timeout": _LOCK_WAIT_S} if self.url.startswith("sqlite") else {}
-            return sa.create_engine(self.url, connect_args=options, pool_pre_ping=True)
+            if self.url.startswith("sqlite"):
+                return sa.create_engine(self.url, connect_args={"timeout": _LOCK_WAIT_S}, pool_pre_ping=True)
+            engine = sa.create_engine(self.url, pool_pre_ping=True)
+            if engine.dialect.name in _MYSQL:  # or its clock goes back by an hour once a year
+                sa.event.listen(engine, "connect", _set_utc)
+            return engine
 
     def make_table(self) -> None:
         """Make the table, unless it is there."""
@@ -107,11 +112,13 @@ class LeaseDatabase:
     def table(self) -> Table:
         """One row per run that has a driver."""
         import sqlalchemy as sa
+        from sqlalchemy.dialects import mysql
 
+        exact = mysql.VARCHAR(512, charset="utf8mb4", collation="utf8mb4_bin")  # else "a" equals "A" there
         return sa.Table(
             "rankline_leases",
             sa.MetaData(),
-            sa.Column("run", sa.String(512), primary_key=True),
+            sa.Column("run", sa.String(512).with_variant(exact, *_MYSQL), primary_key=True),
             sa.Column("token", sa.String(32), nullable=False),
             sa.Column("pid", sa.Integer, nullable=False),
             sa.Column("host", sa.String(255), nullable=False),
@@ -173,7 +180,8 @@ class LeaseDatabase:
                 return []
             chosen = sa.select(table, (table.c.expires - self.now).label("left_s"))
             found = connection.execute(chosen.where(table.c.run.startswith(start, autoescape=True))).mappings().all()
-        return [dict(row) for row in found if row["left_s"] > 0 and not _died_here(dict(row))]
+        named = (dict(row) for row in found if row["run"].startswith(start))  # sqlite's LIKE ignores case
+        return [row for row in named if row["left_s"] > 0 and not _died_here(row)]
 
     def _row(self, connection: Connection, run: str) -> dict[str, Any] | None:
         import sqlalchemy as sa
@@ -263,9 +271,16 @@ class DatabaseLease:
         database, table = self.database, self.database.table
         asked = time.monotonic()
         for _ in range(5):  # the row may come and go between two looks
-            with contextlib.suppress(sa.exc.IntegrityError), database.engine.begin() as connection:
-                connection.execute(table.insert().values(run=self.run, beats=0, **self._values()))
+            try:
+                with database.engine.begin() as connection:
+                    connection.execute(table.insert().values(run=self.run, beats=0, **self._values()))
                 break
+            except sa.exc.IntegrityError:
+                pass
+            except sa.exc.OperationalError as error:
+                if not _is_deadlock(error):
+                    raise
+                continue
             with database.engine.begin() as connection:
                 row = database._row(connection, self.run)
                 if row is None:
@@ -322,6 +337,17 @@ class DatabaseLease:
         with self.database.telling(f"give back run {self.run}"), self.database.engine.begin() as connection:
             connection.execute(table.delete().where(mine))
         self.database.engine.dispose()
+
+
+def _set_utc(connection: Any, _record: object) -> None:
+    cursor = connection.cursor()
+    cursor.execute("SET time_zone = '+00:00'")
+    cursor.close()
+
+
+def _is_deadlock(error: Exception) -> bool:
+    """Whether MySQL has undone one of several drivers that inserted the row as another one deleted it."""
+    return getattr(getattr(error, "orig", None), "args", ())[:1] == (1213,)
 
 
 class _LostError(LeaseError):

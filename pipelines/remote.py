@@ -10,11 +10,11 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.artifacts import Store
 from pipelines.config import PipelineConfig
-from pipelines.errors import ConfigError
+from pipelines.lease_database import lease_url
 from pipelines.portable import portable_yaml
 from pipelines.sources import hash_sources
-from pipelines.store_checks import is_uri
 from pipelines.workflow import run_key, stage_keys
 
 if TYPE_CHECKING:
@@ -24,21 +24,28 @@ if TYPE_CHECKING:
 def submit(config: PipelineConfig, address: str, follow: bool) -> dict[str, Any]:
     """Submit a pipeline to the cluster whose dashboard is at `address`.
 
-    The YAML goes to the store, which the cluster's nodes must share; the job runs `rankline run` on it there.
+    The YAML goes to the store, which the cluster's nodes must share; the job runs `rankline run` on it there. Of an
+    object store the job is told the URI alone: credentials are those of the cluster's own environment.
 
     Returns:
         `submission_id`, `status` and `exit_code`.
 
     Raises:
+        ConfigError: the store is an object store, and nothing keeps its runs to one driver.
         cluster.errors.ClusterError: unreachable, refused, or the followed job failed.
+        StorageError: the object store refuses.
     """
     from cluster import submit as jobs
     from cluster.durable import write_atomic
 
     store, key = _store_and_key(config)
-    path = store / "_submitted" / f"{key}.yaml"
+    path = store.root / "_submitted" / f"{key}.yaml"
+    if store.mirror is not None:
+        lease_url(config)
     write_atomic(path, portable_yaml(config))
-    entrypoint = f"python -m pipelines.cli run {shlex.quote(str(path))} --address auto"
+    store.publish(path)
+    pipeline = str(path) if store.mirror is None else store.mirror.uri_of(path)
+    entrypoint = f"python -m pipelines.cli run {shlex.quote(pipeline)} --address auto"
     on_line = print if follow else None
     submission = jobs.submit(address, entrypoint, key, token=_token(config), on_line=on_line)
     return {"submission_id": submission, "status": "SUCCEEDED" if follow else "SUBMITTED", "exit_code": 0}
@@ -101,15 +108,10 @@ def _attempts(config: PipelineConfig, address: str) -> tuple[Any, list[Attempt]]
     return client, jobs.list_attempts(client, _store_and_key(config)[1])
 
 
-def _store_and_key(config: PipelineConfig) -> tuple[Path, str]:
-    if is_uri(config.store.path):
-        raise ConfigError(
-            "submit: store.path is an object store, and the job reads its pipeline from the store's directory. Start "
-            "`rankline run` with --address on a machine that reaches the cluster."
-        )
-    store = Path(config.store.path).resolve()
-    store.mkdir(parents=True, exist_ok=True)
-    return store, run_key(stage_keys(config, hash_sources(config, store / "_hashes.json")))
+def _store_and_key(config: PipelineConfig) -> tuple[Store, str]:
+    store = Store.of(config.store)
+    store.root.mkdir(parents=True, exist_ok=True)
+    return store, run_key(stage_keys(config, hash_sources(config, store.root / "_hashes.json")))
 
 
 def _token(config: PipelineConfig) -> str | None:

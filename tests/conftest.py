@@ -48,3 +48,12 @@ def s3() -> Iterator[Any]:
 
     with S3Server() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def gcs() -> Iterator[Any]:
+    """A GCS server on loopback, in a process of its own."""
+    from object_stores import GcsServer
+
+    with GcsServer() as server:
+        yield server

@@ -1,8 +1,11 @@
-"""An S3 server for tests, and the parts of a pipeline that a run in an object store needs."""
+"""An S3 and a GCS server for tests, and the parts of a pipeline that a run in an object store needs."""
 
 from __future__ import annotations
 
+import json
 import logging
+import subprocess
+import sys
 import threading
 import uuid
 from collections.abc import Iterable, Iterator
@@ -92,6 +95,45 @@ class S3Server:
     def got(self, since: int) -> Iterator[Request]:
         """What was read since so many requests."""
         return (request for request in self.requests[since:] if request.method == "GET")
+
+
+class GcsServer:
+    """The server of `gcs_server.py`, in a process of its own; what it holds goes with it."""
+
+    def __init__(self) -> None:
+        self.requests: list[dict[str, str]] = []
+        self.port = 0
+
+    def __enter__(self) -> GcsServer:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Answer, on the port of before, with an empty bucket."""
+        command = [sys.executable, str(Path(__file__).with_name("gcs_server.py")), str(self.port), BUCKET]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout is not None
+        self.port = int(self._process.stdout.readline())
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Answer no more."""
+        self._process.kill()
+        self._process.wait()
+        self._thread.join()
+
+    def _listen(self) -> None:
+        assert self._process.stdout is not None
+        self.requests.extend(json.loads(line) for line in self._process.stdout)
+
+    def uri(self, prefix: str | None = None, bucket: str = BUCKET) -> str:
+        """A store of its own in the bucket."""
+        prefix = prefix or f"stores/{uuid.uuid4().hex[:12]}"
+        return f"gs://anonymous@{bucket}/{prefix}?scheme=http&endpoint_override=127.0.0.1:{self.port}"
 
 
 def settings(uri: str, root: Path) -> dict[str, dict[str, Any]]:

@@ -1,7 +1,11 @@
-"""One driver per run by a row in a database: who holds it, when it ends, by whose clock, and who must stop."""
+"""One driver per run by a row in a database: who holds it, when it ends, by whose clock, and who must stop.
+
+`RANKLINE_TEST_LEASE` may be the URL of a PostgreSQL or MySQL database; its table of leases is dropped.
+"""
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import subprocess
@@ -34,8 +38,21 @@ ROUNDS = 25
 
 
 @pytest.fixture
-def url(tmp_path: Path) -> str:
+def file(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path / 'leases.db'}"
+
+
+@pytest.fixture(params=["file", "server"])
+def url(request: pytest.FixtureRequest) -> str:
+    """A database without a lease: a sqlite file, or the server's that the environment names."""
+    if request.param == "file":
+        return str(request.getfixturevalue("file"))
+    server = os.environ.get("RANKLINE_TEST_LEASE")
+    if not server:
+        pytest.skip("RANKLINE_TEST_LEASE names no database")
+    with sa.create_engine(server).begin() as connection:
+        connection.execute(sa.text("drop table if exists rankline_leases"))
+    return server
 
 
 def rows(url: str) -> list[Any]:
@@ -66,8 +83,8 @@ def test_it_is_held_for_the_block_and_gone_after(url: str) -> None:
     assert rows(url) == []
 
 
-def test_looking_makes_no_database(url: str, tmp_path: Path) -> None:
-    assert LeaseDatabase(url).holder(RUN) is None
+def test_looking_makes_no_database(file: str, tmp_path: Path) -> None:
+    assert LeaseDatabase(file).holder(RUN) is None
     assert not list(tmp_path.iterdir())
 
 
@@ -151,12 +168,10 @@ def test_the_clock_is_the_databases(url: str, monkeypatch: pytest.MonkeyPatch) -
             pass
 
 
-def test_a_database_that_is_silent_for_a_moment_stops_nobody(
-    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_database_that_is_silent_for_a_moment_stops_nobody(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.lease_database._LOCK_WAIT_S", 0.05)
-    with LeaseDatabase(url, lease_s=2.0, beat_s=0).held(RUN) as held:
-        with sa.create_engine(url).connect() as other:
+    with LeaseDatabase(file, lease_s=2.0, beat_s=0).held(RUN) as held:
+        with sa.create_engine(file).connect() as other:
             other.exec_driver_sql("BEGIN IMMEDIATE")
             held.require()
             time.sleep(1.1)
@@ -180,11 +195,53 @@ def test_a_database_that_is_none_is_told(tmp_path: Path) -> None:
             LeaseDatabase(url).holder(RUN)
 
 
-def drive(directory: Path, database: LeaseDatabase, rng: random.Random, name: str, wrong: list[str]) -> str:
+def test_runs_whose_names_differ_in_case_are_two(url: str) -> None:
+    database = LeaseDatabase(url)
+    with database.held("s3://bucket/store/one"), database.held("s3://bucket/store/One"):
+        assert len(rows(url)) == 2
+        assert [row["run"] for row in database.holders("s3://bucket/store/O")] == ["s3://bucket/store/One"]
+
+
+def test_many_drivers_at_once(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes the lease as soon as it is given back, over and over; no two of them ever have it."""
+    monkeypatch.setattr("pipelines.lease_database._died_here", lambda row: False)
+    inside, most, failed, taken = 0, 0, list[str](), Counter[int]()
+    count, until = threading.Lock(), time.monotonic() + 4
+
+    def take(number: int) -> None:
+        nonlocal inside, most
+        database = LeaseDatabase(url, beat_s=0)
+        while time.monotonic() < until:
+            try:
+                with database.held(RUN) as held:
+                    with count:
+                        inside += 1
+                        most = max(most, inside)
+                    held.require()
+                    with count:
+                        inside -= 1
+                    taken[number] += 1
+            except LeaseError as error:
+                if "is at it" not in str(error) and "took the lease just now" not in str(error):
+                    failed.append(str(error))
+
+    threads = [threading.Thread(target=take, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert failed == []
+    assert most == 1
+    assert len(taken) > 1
+    assert rows(url) == []
+
+
+def drive(run: str, directory: Path, database: LeaseDatabase, rng: random.Random, name: str, wrong: list[str]) -> str:
     """Claim, commit, pause now and then for longer than the lease, write the record; how it ended."""
     time.sleep(rng.random() * 0.05)
     try:
-        with database.held(RUN) as held:
+        with database.held(run) as held:
             for unit in range(3):
                 time.sleep(rng.choice([0, 0, 0.01, 2 * database.lease_s]))
                 held.require()
@@ -199,18 +256,18 @@ def drive(directory: Path, database: LeaseDatabase, rng: random.Random, name: st
         return "told" if "is at it" in str(error) or "This driver stops" in str(error) else f"wrong: {error}"
 
 
-def test_two_drivers_at_random_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_drivers_at_random_moments(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads of one process count as drivers of two hosts, whose leases end after 50 ms."""
     monkeypatch.setattr("pipelines.lease_database._died_here", lambda row: False)
     seen, wrong = Counter[str](), list[str]()
     for seed in range(SEED, SEED + ROUNDS):
         directory, ended = tmp_path / str(seed), dict[str, str]()
         directory.mkdir()
-        database = LeaseDatabase(f"sqlite:///{directory / 'leases.db'}", lease_s=0.05, beat_s=0)
+        database = LeaseDatabase(url, lease_s=0.05, beat_s=0)
 
         def body(name: str, seed: int = seed, directory: Path = directory, database: LeaseDatabase = database,
                  ended: dict[str, str] = ended) -> None:  # fmt: skip
-            ended[name] = drive(directory, database, random.Random(f"{seed}{name}"), name, wrong)
+            ended[name] = drive(f"{RUN}{seed}", directory, database, random.Random(f"{seed}{name}"), name, wrong)
 
         threads = [threading.Thread(target=body, args=(name,)) for name in ("first", "second")]
         for thread in threads:

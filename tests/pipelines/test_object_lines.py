@@ -105,7 +105,6 @@ def test_another_machine_resumes_shows_and_verifies(
     assert main(["export", "tiny", "--out", str(tmp_path / "lora"), *place]) == 0
     capsys.readouterr()
     assert (tmp_path / "lora" / "adapter_model.safetensors").is_file()
-    assert main(["ui", *place[:4]]) == 2
 
 
 def test_a_corrupted_object_is_found_by_verify(
@@ -168,6 +167,27 @@ def test_the_server_goes_away_and_comes_back(whole_line: Any, s3: Any, tmp_path:
         assert_nothing_done_twice(config, stage)
 
 
+@pytest.mark.slow
+def test_the_line_on_gcs(whole_line: Any, gcs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = with_changes(whole_line.config, **settings(gcs.uri(), tmp_path / "first"))
+    driver = Driver(config)
+    assert driver.wait(400) == 0, driver.text()
+    assert_resumed(config, whole_line, {})
+    place = ["--store", config.store.path, "--cache", str(tmp_path / "another"), "--json"]
+    assert main(["status", *place]) == 0
+    (run,) = json.loads(capsys.readouterr().out)["runs"]
+    assert (run["name"], run["status"]) == ("tiny", "FINISHED")
+    assert main(["verify", "tiny", *place]) == 0
+    assert [stage["state"] for stage in json.loads(capsys.readouterr().out)["stages"]] == ["whole"] * len(STAGES)
+    other = with_changes(machine(config, tmp_path / "other"), quantize={"double_quant": False}, name="other")
+    run_serially(other, *EXACT)
+    assert main(["gc", "--delete", *place]) == 0
+    (lost,) = json.loads(capsys.readouterr().out)["garbage"]
+    assert Path(lost["path"]).parts[-2:] == ("quantize", stage_units(other, "quantize").root.name)
+    assert not stage_units(other, "quantize").all_committed()
+    assert stage_units(config, "quantize").all_committed()
+
+
 @pytest.fixture
 def planned(whole_line: Any, s3: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
     """Plans a pipeline with changes; the exit code and what was said."""
@@ -196,14 +216,16 @@ def test_what_an_object_store_cannot_do_is_told_by_plan(planned: Any, s3: Any, t
     assert "Check store.lease" in said
 
 
-def test_a_store_that_is_gone_is_told_in_seconds(planned: Any, s3: Any) -> None:
-    s3.stop()
+@pytest.mark.parametrize("kind", ["s3", "gcs"])
+def test_a_store_that_is_gone_is_told_in_seconds(planned: Any, kind: str, request: pytest.FixtureRequest) -> None:
+    server: Any = request.getfixturevalue(kind)
+    server.stop()
     try:
         began = time.monotonic()
-        code, said = planned()
+        code, said = planned(store={"path": server.uri()})
         assert time.monotonic() - began < 40
     finally:
-        s3.start()
+        server.start()
     assert code == 3
     assert "it does not answer" in said
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,12 @@ def write_text(text: str) -> Any:
     return write
 
 
-@pytest.fixture(params=["s3", "file"])
+@pytest.fixture(params=["s3", "gcs", "file"])
 def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A store of its own: on S3, or a directory that is used as an object store."""
+    """A store of its own: on S3, on GCS, or a directory that is used as an object store."""
     if request.param == "file":
         return (tmp_path / "objects").as_uri()
-    server: Any = request.getfixturevalue("s3")
+    server: Any = request.getfixturevalue(request.param)
     return str(server.uri())
 
 
@@ -196,7 +197,7 @@ def test_the_ledger_is_whole_on_every_machine_and_flat(uri: str, tmp_path: Path,
     assert list(ours.ledger()) == lines
 
 
-def test_ctrl_c_leaves_no_half_object(s3: Any, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_no_half_object(uri: str, tmp_path: Path) -> None:
     """A process that interrupts itself all the time, while it writes over one object with longer and longer text."""
     code = """
 import random, signal, sys, time
@@ -204,24 +205,74 @@ from pathlib import Path
 from cluster.objects import Mirror
 mirror = Mirror(sys.argv[1], Path(sys.argv[2]))
 mirror.put(mirror.root / "object", b"<>")
-rng, until = random.Random(0), time.monotonic() + 4
+rng, until, interrupted = random.Random(0), time.monotonic() + 4, 0
 while time.monotonic() < until:
-    signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.0001, 0.01))
     try:
+        signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.0001, 0.01))
         mirror.put(mirror.root / "object", b"<" + b"x" * rng.randrange(1000) + b">")
+        signal.setitimer(signal.ITIMER_REAL, 0)
     except KeyboardInterrupt:
-        pass
-    data = None
-    while data is None:
-        try:
-            data = mirror.get(mirror.root / "object")
-        except KeyboardInterrupt:
-            pass
+        interrupted += 1
+    data = mirror.get(mirror.root / "object")
     assert data.startswith(b"<") and data.endswith(b">"), data
+assert interrupted > 10, interrupted
 """
     head = "import signal\ndef interrupt(*_): raise KeyboardInterrupt\nsignal.signal(signal.SIGALRM, interrupt)\n"
-    done = subprocess.run([sys.executable, "-c", head + code, s3.uri(), str(tmp_path)], capture_output=True, text=True)
+    command = [sys.executable, "-c", head + code, uri, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr[-500:]
+
+
+def test_what_is_read_while_it_is_written_over_is_whole(uri: str, tmp_path: Path) -> None:
+    writer, reader = Mirror(uri, tmp_path / "a"), Mirror(uri, tmp_path / "b")
+    done, failed = threading.Event(), list[BaseException]()
+
+    def text(turn: int) -> bytes:
+        return bytes([turn % 256]) * (50_000 + 100 * turn)
+
+    def write() -> None:
+        turn = 0
+        try:
+            while not done.is_set():
+                turn += 1
+                writer.put(writer.root / "object", text(turn))
+                time.sleep(0.01)
+        except BaseException as error:
+            failed.append(error)
+
+    writer.put(writer.root / "object", text(0))
+    thread = threading.Thread(target=write)
+    thread.start()
+    seen, until = set[int](), time.monotonic() + 20
+    try:
+        while len(seen) < 20:
+            assert time.monotonic() < until, "it is not written over"
+            data = reader.get(reader.root / "object")
+            assert data == text((len(data) - 50_000) // 100)
+            part = reader.get_range(reader.root / "object", 1000, 40_000)
+            assert len(set(part)) == 1
+            seen |= {data[0], part[0]}
+    finally:
+        done.set()
+        thread.join(60)
+    assert failed == []
+
+
+def test_names_are_those_directly_below(uri: str, tmp_path: Path) -> None:
+    mirror, root = Mirror(uri, tmp_path), tmp_path
+    for name in ("run/run.json", "run/deep/deeper/a", "other/b", "run-2/c", "top"):
+        mirror.put(root / name, b"abc")
+    assert set(mirror.names(root, directories=True)) == {"run", "other", "run-2"}
+    assert mirror.names(root) == {"top": 3}
+    assert set(mirror.names(root / "run", directories=True)) == {"deep"}
+    assert mirror.names(root / "none") == mirror.names(root / "none", directories=True) == {}
+    assert mirror.total(root / "run") == 6
+    for _ in range(2):  # what is not there is removed, too
+        mirror.delete_tree(root / "run")
+        mirror.delete(root / "top")
+    assert set(mirror.names(root, directories=True)) == {"other", "run-2"}
+    assert mirror.names(root) == {}
+    assert mirror.size(root / "run" / "run.json") is None
 
 
 def test_a_unit_costs_as_many_requests_as_any_other(s3: Any, tmp_path: Path) -> None:
@@ -246,6 +297,25 @@ def test_what_a_store_refuses_is_told(s3: Any, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"open the store s3://rankline/x: .*Check store\.path"):
         Mirror("s3://rankline/x?what=1", tmp_path).probe()
     Mirror(s3.uri(), tmp_path).probe()
+
+
+def test_what_gcs_refuses_is_told(gcs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nowhere, refused = Mirror(gcs.uri(bucket="nowhere"), tmp_path), Mirror(gcs.uri(bucket="refused"), tmp_path)
+    for what in (lambda: nowhere.probe(), lambda: nowhere.get(tmp_path / "a")):
+        with pytest.raises(StorageError, match=r"gs://anonymous@nowhere/.*: there is no such bucket\.") as caught:
+            what()
+        assert exit_code(caught.value) == 3
+    for what in (refused.probe, lambda: refused.size(tmp_path / "a"), lambda: refused.names(tmp_path)):
+        with pytest.raises(StorageError, match=r"gs://anonymous@refused/.*: access is refused\. Set credentials"):
+            what()
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "none.json"))
+    with pytest.raises(StorageError, match=r"write gs://bucket/.*: no token is to be had\. .*none\.json"):
+        Mirror("gs://bucket/prefix", tmp_path / "without").probe()
+    began = time.monotonic()
+    with pytest.raises(StorageError, match=r"write gs://anonymous@rankline/.*: it does not answer\. Check the network"):
+        Mirror(gcs.uri().replace(f":{gcs.port}", ":1403"), tmp_path / "deaf").probe()
+    assert time.monotonic() - began < 40
+    Mirror(gcs.uri(), tmp_path).probe()
 
 
 def serial(tmp_path: Path, name: str, uri: str, **more: Any) -> Any:
