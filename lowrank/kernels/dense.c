@@ -1,5 +1,6 @@
 /* y = x Wᵀ in fp32 for the few tokens of a decode step: W is read once, and every weight is multiplied by all tokens at
-   a time. */
+   a time. Memory is far, and rows are too short for the processor to see where they lead: the next ones are asked for
+   while these are worked on. */
 
 #include <stdint.h>
 #include <stdlib.h>
@@ -34,10 +35,13 @@ typedef struct {
             for (; pair < end; pair++) {                                                               \
                 const int64_t rows[2] = {2 * pair, 2 * pair + 1 < d->m ? 2 * pair + 1 : 2 * pair};     \
                 const float *w[2] = {d->w + rows[0] * n, d->w + rows[1] * n};                          \
+                const int64_t ahead = (rows[1] + 2 < d->m ? 2 : 0) * n;                                \
                 v16 sums[T][2][2];                                                                     \
                 memset(sums, 0, sizeof sums);                                                          \
                 for (int64_t j = 0; j < whole; j += 32)                                                \
                     for (int r = 0; r < 2; r++) {                                                      \
+                        __builtin_prefetch(w[r] + ahead + j);                                          \
+                        __builtin_prefetch(w[r] + ahead + j + 16);                                     \
                         const v16 first = *(const v16 *)(w[r] + j), second = *(const v16 *)(w[r] + j + 16); \
                         for (int t = 0; t < T; t++) {                                                  \
                             const float *x = d->x + t * n + j;                                         \
@@ -71,9 +75,14 @@ static void columns(Job *job) {
             for (int r = 0; r < GROUP; r++) w[r] = d->w + (low + (r < rows ? r : 0)) * n;
             v16 sums[GROUP];
             memset(sums, 0, sizeof sums);
-            for (int64_t j = 0; j < n; j++) {
-                const v16 x = *(const v16 *)(d->x + j * WIDTH);
-                for (int r = 0; r < GROUP; r++) sums[r] += w[r][j] * x;
+            const int64_t ahead = (low + 2 * GROUP <= d->m ? GROUP : 0) * n;
+            for (int64_t at = 0; at < n; at += 16) {
+                for (int r = 0; r < GROUP; r++) __builtin_prefetch(w[r] + ahead + at);
+                const int64_t stop = at + 16 < n ? at + 16 : n;
+                for (int64_t j = at; j < stop; j++) {
+                    const v16 x = *(const v16 *)(d->x + j * WIDTH);
+                    for (int r = 0; r < GROUP; r++) sums[r] += w[r][j] * x;
+                }
             }
             for (int64_t t = 0; t < d->tokens; t++)
                 for (int r = 0; r < rows; r++) d->y[t * d->m + low + r] = sums[r][t];

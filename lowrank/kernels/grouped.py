@@ -20,7 +20,7 @@ from lowrank.kernels.build import kernel
 #: Tokens of one owner that share a pass over its pairs; TOKENS of the C source.
 _TOKENS = 4
 #: Bytes of pairs that make another thread worth its while.
-_BYTES_PER_THREAD = 2**19
+_BYTES_PER_THREAD = 2**17
 #: Of the C source: rank, first column, columns, A, B, whether that is (m, r), s.
 _PAIR = struct.Struct("=6qd")
 #: B is read as it lies where its rank is a multiple of this; TOGETHER of the C source.
