@@ -5,6 +5,7 @@ Adapters are LoRA of rank 8 on all linear layers unless a job says otherwise.
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import time
@@ -388,6 +389,7 @@ def seconds_with_store(model: Any, table: dict[str, str], asked: Sequence[str]) 
     finally:
         engine.close()
         store.close()
+        gc.unfreeze()
 
 
 JOBS: dict[str, Callable[[], list[Row]]] = {

@@ -51,7 +51,7 @@ def measured_rates() -> Any:
     rest = core["layer_large_s"] - flops / core["rank_flops"] - operators * op_s
     passes = 3 * 4.0 * numbers * tokens
     rank_bytes = passes / rest if rest > 0 else core["core_bytes_per_s"]
-    fixed = {name: starts[name] for name in ("start", "shard", *HEAVY, "register", "checkpoint")}
+    fixed = {name: starts[name] for name in ("start", "shard", "ray_data", *HEAVY, "register", "checkpoint")}
     fixed |= {"unit": core["unit_s"], "tensor": (core["tensor_decompose_s"] + core["tensor_quantize_s"]) / 2}
     same = ("rank_flops", "core_flops", "core_bytes_per_s", "core_quantize_per_s", "rank_dequantize_per_s")
     return Rates(

@@ -37,6 +37,8 @@ def measure(root: Path) -> dict[str, float]:
             _tokenise(root, source.shards / "units" / "meta")
             found |= _train(root)
         found["finetune"] = clock.lap()
+        _tokenise(root / "many", source.shards / "units" / "meta", by_ray=True)
+        found["ray_data"] = clock.lap()
         tokens = make_tokens(root / "rows", source.shards / "units" / "meta", 4)
         clock.lap()
         with tracker.stage("evaluate", "0" * 20, {}):
@@ -105,17 +107,19 @@ def _first_score(job: Any) -> int:
     return len(sample_answers(toy))
 
 
-def _tokenise(root: Path, tokenizer: Path) -> None:
-    """Four rows, which no Ray Data is started for."""
+def _tokenise(root: Path, tokenizer: Path, by_ray: bool = False) -> None:
+    """Four rows, in this process or as if they were many."""
     from tiny import arithmetic_rows, write_jsonl
 
+    from cluster import data
     from cluster.config import DataConfig
-    from cluster.data import prepare_tokens
 
     out = root / "four"
     out.mkdir(parents=True)
     file = str(write_jsonl(root / "four.jsonl", arithmetic_rows(4)))
-    prepare_tokens(file, tokenizer, DataConfig(train=file, heldout=file), out, use_ray=True)
+    before, data.WORTH_RAY_BYTES = data.WORTH_RAY_BYTES, 0 if by_ray else data.WORTH_RAY_BYTES
+    data.prepare_tokens(file, tokenizer, DataConfig(train=file, heldout=file), out, use_ray=True)
+    data.WORTH_RAY_BYTES = before
 
 
 def _train(root: Path) -> dict[str, float]:

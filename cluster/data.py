@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from cluster.config import DataConfig
 
 _BATCH_ROWS = 256
-#: Bytes of files from which Ray Data, which takes seconds to start, is faster than one process.
-_WORTH_RAY_BYTES = 4 * 2**20
+#: Bytes of files, as they are stored, from which Ray Data is worth its start, which takes seconds.
+WORTH_RAY_BYTES = 4 * 2**20
 
 
 def prepare_tokens(
@@ -56,7 +56,7 @@ def prepare_tokens(
         encode = EncodeBatch(str(tokenizer_dir.fetch("meta")), row_format, config.max_length, tokenizer_dir)
     else:
         encode = EncodeBatch(str(tokenizer_dir), row_format, config.max_length)
-    by_ray = use_ray and where.num_bytes >= _WORTH_RAY_BYTES
+    by_ray = use_ray and where.num_bytes >= WORTH_RAY_BYTES
     parts = list(_map_with_ray(where, encode) if by_ray else _map_in_process(where, encode))
     mapped = _in_file_order(where, pa.concat_tables(parts) if parts else None)
     _raise_for_problems(where, mapped, encode)

@@ -141,7 +141,7 @@ def few_tokens_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def joined(layers: Sequence[nn.Module]) -> DenseLinear | NF4Linear | None:
     """Linear layers of one input as one, for inference: y (..., Σ m), their outputs one after another.
 
-    Their weights become views of its own, so that nothing is held twice.
+    Their weights become views of its own, so that none is held twice.
 
     Returns:
         None where they are not all `nn.Linear`, nor all `NF4Linear` of whole blocks of one size.

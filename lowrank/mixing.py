@@ -17,7 +17,7 @@ from lowrank.errors import AdapterError
 from lowrank.kernels.grouped import GroupedPairs, Layout, Pair, PairSet, readable
 from lowrank.kernels.kronecker import Factors, GroupedKroneckers
 
-#: Ranks, and numbers over those of the adapter, up to which a change that is a pair B A is kept as one for a `Mix`.
+#: Ranks, and numbers over those of the adapter, up to which a change s B A is kept as a pair for a `Mix`.
 _MOST_RANKS, _MOST_NUMBERS = 128, 4
 #: Tokens side by side of one adapter that it takes by itself: libraries are fast at so many.
 _RUN = 64
@@ -97,12 +97,16 @@ class Ready:
 
 
 def bytes_of(ready: Iterable[Ready]) -> int:
-    """Bytes of adapters; what they share counts once."""
-    return sum({tensor.data_ptr(): tensor.nbytes for one in ready for tensor in one.tensors()}.values())
+    """Bytes of adapters; what they share, or see a part of, counts once."""
+    sizes: dict[int, int] = {}
+    for one in ready:
+        for tensor in one.tensors():
+            sizes[tensor.data_ptr()] = max(sizes.get(tensor.data_ptr(), 0), tensor.nbytes)
+    return sum(sizes.values())
 
 
 def _pair_of(adapter: Adapter) -> Pair | None:
-    """A (r, n) and Bᵀ (r, m) of an adapter whose change is B A at few more numbers than its own, or None."""
+    """The pair of an adapter whose change is one of few more numbers than its own, or None."""
     if 0 in adapter.shape:  # PEFT's VeRA, which learns n from its first input
         return None
     pair = adapter.pair() if adapter.export == "exact" else None

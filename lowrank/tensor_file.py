@@ -61,7 +61,8 @@ def _own_pages(num_bytes: int) -> Tensor:
     """Bytes that go back to the system as soon as nobody holds them: of what comes and goes, a heap keeps the holes."""
     if num_bytes < _WORTH_PAGES:
         return torch.empty(num_bytes, dtype=torch.uint8)
-    return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=torch.uint8)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ FIXED_S = {
     "shard": 10.0,  # the first task's process, its imports, a model on the meta device
     "decompose": 5.0,  # first calls and imports of every stage's tasks, from here on
     "quantize": 5.0,
-    "finetune": 30.0,  # Ray Data, Ray Train's group, DeepSpeed's engine
+    "ray_data": 7.0,  # where rows are many
+    "finetune": 25.0,  # Ray Train's group, DeepSpeed's engine
     "evaluate": 10.0,
     "register": 5.0,  # plots and the registry
     "unit": 0.005,  # one commit: files synced, hashed and renamed

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from cluster.data import WORTH_RAY_BYTES
 from pipelines.config import PipelineConfig
 from pipelines.devices import Rates
 from pipelines.estimates import NUM_SAMPLES, NUM_VARIANTS
@@ -254,6 +255,11 @@ def _head_seconds(given: Given, tokens: float, passes: int) -> float:
     return products / found.rank_flops + 4 * 5 * scored * min(passes, 2) / found.rank_bytes_per_s
 
 
+def _tokenising(given: Given, rows: float) -> list[str]:
+    """What starts to tokenise so many rows, of four bytes a token."""
+    return ["ray_data"] if 4 * rows * given.rows.tokens >= WORTH_RAY_BYTES else []
+
+
 def steps_of(config: PipelineConfig, rows: Rows) -> int:
     """Optimizer steps of the whole training."""
     tune = config.finetune
@@ -280,7 +286,7 @@ def finetune(given: Given) -> Work:
     across = world * per_rank / max(given.cluster.gpus_per_node, 1) if given.cluster.nodes > 1 else 0.0
     saved = -(-steps // tune.checkpoint_every)
     state = 12.0 * shape.adapter_parameters
-    fixed = ["finetune", *["checkpoint"] * saved]
+    fixed = ["finetune", *_tokenising(given, given.rows.train), *["checkpoint"] * saved]
     total_tokens = tune.global_batch_size * given.rows.tokens * steps
     flops = 2.0 * (shape.num_linear * (passes - 1) + shape.adapter_parameters * passes) * total_tokens
     read = given.cluster.nodes * base_bytes(given.config, shape, width)[0]
@@ -324,7 +330,7 @@ def evaluate(given: Given) -> Work:
         read=float(loads * shape.dense_bytes),
         flops=flops,
         compute_s=(scored + decoded * token * slower + loads * load) / lanes,
-        fixed_s=given.fixed("evaluate"),
+        fixed_s=given.fixed("evaluate", *_tokenising(given, rows)),
     )
 
 

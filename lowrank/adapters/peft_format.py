@@ -162,7 +162,10 @@ def load_adapter(directory: Path, base: Mapping[str, Any] | None = None) -> dict
     assert family is not None
     tensors = _read_tensors(directory)
     whole = {f"{_PREFIX}{module}.{name}" for module, named in _whole(tensors, config).items() for name in named}
-    layers, shared = _by_module({key: t for key, t in tensors.items() if key not in whole}, family.prefix)
+    own = {key: tensor for key, tensor in tensors.items() if key not in whole}
+    if whole:  # they would hold all of the file, which has much else in it
+        own = {key: tensor.clone() for key, tensor in own.items()}
+    layers, shared = _by_module(own, family.prefix)
     try:
         config = resolved(config, layers)
         made = dict(family.load_all(layers, shared, config))

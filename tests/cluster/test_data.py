@@ -182,7 +182,7 @@ def test_ray_data_gives_the_same_bytes(tokenizer_dir: Path, tmp_path: Path, monk
     monkeypatch.setattr(data, "_map_with_ray", lambda *given: asked.append(given) or by_ray(*given))
     prepare_tokens(str(tmp_path / "in"), tokenizer_dir, config_of(), tmp_path / "few", use_ray=True)
     assert asked == []  # so little is faster here
-    monkeypatch.setattr(data, "_WORTH_RAY_BYTES", 0)
+    monkeypatch.setattr(data, "WORTH_RAY_BYTES", 0)
     for use_ray in (False, True):
         prepare_tokens(str(tmp_path / "in"), tokenizer_dir, config_of(), tmp_path / str(use_ray), use_ray=use_ray)
     assert len(asked) == 1
@@ -193,7 +193,7 @@ def test_ray_data_gives_the_same_bytes(tokenizer_dir: Path, tmp_path: Path, monk
 @pytest.mark.usefixtures("ray_head")
 @pytest.mark.filterwarnings("ignore")
 def test_ray_data_names_the_bad_row(tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "_WORTH_RAY_BYTES", 0)
+    monkeypatch.setattr(data, "WORTH_RAY_BYTES", 0)
     bad = write_jsonl(tmp_path / "bad.jsonl", [*arithmetic_rows(5), {"prompt": 3, "completion": "x"}])
     with pytest.raises(DataError, match=r"bad.jsonl, row 6 as completion: 'prompt' is int '3'"):
         prepare_tokens(str(bad), tokenizer_dir, config_of(), tmp_path / "bad", use_ray=True)

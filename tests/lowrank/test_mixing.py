@@ -2,9 +2,11 @@
 
 import torch
 
+from lowrank.adapter_options import DyLoRAOptions
+from lowrank.adapters.dylora import DyLoRA
 from lowrank.adapters.lora import LoRA
 from lowrank.inject import AdaptedLinear
-from lowrank.mixing import Mix, MixedLayers, Ready
+from lowrank.mixing import Mix, MixedLayers, Ready, bytes_of
 
 
 def test_layers_know_of_adapters_that_come_after_a_pass_and_forget_those_that_go() -> None:
@@ -31,3 +33,13 @@ def test_layers_know_of_adapters_that_come_after_a_pass_and_forget_those_that_go
         assert change(Mix((f"y{number}",))) == [True, False]
         layers[0].remove(f"y{number}")
     assert not mixed._known
+
+
+def test_bytes_are_those_that_are_held() -> None:
+    base = torch.nn.Linear(64, 32, bias=False)
+    a, b = torch.randn(16, 64), torch.randn(32, 16)
+    whole = a.nbytes + b.nbytes
+    assert bytes_of([Ready.of(LoRA(a, b, 1.0), base)]) == whole
+    # Four of its ranks are rows of A, and a copy of columns of B.
+    part = DyLoRA(a, b, 1.0, False, DyLoRAOptions(eval_rank=4)).eval()
+    assert bytes_of([Ready.of(part, base)]) == whole + 4 * 32 * 4

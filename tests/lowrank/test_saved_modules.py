@@ -87,6 +87,13 @@ def test_peft_loads_ours_and_so_do_we(arch: str, tmp_path: Path) -> None:
     assert torch.equal(logits_of(model), plain)
 
 
+def test_the_factors_do_not_hold_the_file(tmp_path: Path) -> None:
+    trained("llama", tmp_path)
+    for adapter in load_adapter(tmp_path).values():
+        for tensor in adapter.numbers():
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
 @every_arch
 def test_we_load_pefts(arch: str, tmp_path: Path) -> None:
     config = peft.LoraConfig(

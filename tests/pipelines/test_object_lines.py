@@ -25,6 +25,8 @@ from lines import (
 from object_stores import settings
 from resumed import KILLS, STAGES, assert_resumed
 
+from cluster import data
+from cluster.tokens import TOKENS_FILE
 from pipelines import PipelineConfig, run
 from pipelines.cli import main
 from pipelines.config import parse, to_dict
@@ -186,6 +188,23 @@ def test_the_line_on_gcs(whole_line: Any, gcs: Any, tmp_path: Path, capsys: pyte
     assert Path(lost["path"]).parts[-2:] == ("quantize", stage_units(other, "quantize").root.name)
     assert not stage_units(other, "quantize").all_committed()
     assert stage_units(config, "quantize").all_committed()
+
+
+@pytest.mark.usefixtures("ray_head")
+def test_ray_data_finds_the_tokenizer_there(
+    whole_line: Any, s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = on_s3(whole_line, s3, tmp_path / "rows")
+    run_serially(config, "shard")
+    units, found = stage_units(config, "shard"), list[bytes]()
+    for least in (2**40, 0):
+        monkeypatch.setattr(data, "WORTH_RAY_BYTES", least)
+        out = tmp_path / str(least)
+        out.mkdir()
+        shutil.rmtree(units.path("meta"), ignore_errors=True)
+        data.prepare_tokens(config.data.heldout, units, config.data, out, use_ray=True)
+        found.append((out / TOKENS_FILE).read_bytes())
+    assert found[0] == found[1]
 
 
 @pytest.fixture

@@ -212,7 +212,7 @@ def test_the_same_id_with_another_content_is_another_adapter(store: AdapterStore
 
 
 def test_what_can_never_fit_is_refused_and_not_put_off(source: Directory, model: Any) -> None:
-    # Bᵀ lies beside the tensors of a file, so that a file can fit where its adapter does not.
+    # Of rank 4 a copy of Bᵀ lies beside the tensors of a file, so that a file can fit where its adapter does not.
     store = AdapterStore(
         ModelHolder(model), source, {}, (source.root / "a0" / "adapter_model.safetensors").stat().st_size + 1
     )
