@@ -1,6 +1,6 @@
 """The endpoint under churn: adapters come and go, aliases move, a replica dies; every answer is checked.
 
-RANKLINE_SOAK multiplies the number of requests (`make soak`).
+RANKLINE_SOAK above 1 makes the requests many more (`make soak`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import httpx
 import pytest
 import torch
 from serving_samples import free_port, make_served, write_served_adapter
-from soak import SOAK, record
+from soak import SOAK, amount, record
 
 from cluster.config import ServeConfig
 from cluster.model import ModelSource, build_adapted, load_tokenizer
@@ -224,7 +224,7 @@ def counters(world: World) -> Counter[str]:
 
 
 def test_no_answer_is_ever_another_adapters(world: World) -> None:
-    requests, tally, ended = 400 * SOAK, Tally(), threading.Event()
+    requests, tally, ended = amount(400, 5000), Tally(), threading.Event()
     mover = threading.Thread(target=churn, args=(world, ended, 1))
     mover.start()
     try:
