@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 _REPLACEMENT = "\ufffd"
 _CONTEXT_TOKENS = 5
+#: Below it all but the largest logits have no probability left, and fp32 soon no number for 1 / temperature.
+_LEAST_TEMPERATURE = 1e-30
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,10 @@ class Sampler:
 
         if self._sampling.temperature == 0:
             return int(logits.argmax())
-        scores = logits.float().cpu() / self._sampling.temperature
-        # Shifting first keeps a tiny temperature from making inf − inf inside the softmax.
-        probabilities = torch.softmax(scores - scores.max(), dim=-1)
+        scores = logits.float().cpu()
+        # Shifted first: a tiny temperature would make infinities, and inf − inf inside the softmax.
+        scores = (scores - scores.max()) / max(self._sampling.temperature, _LEAST_TEMPERATURE)
+        probabilities = torch.softmax(scores, dim=-1)
         if self._sampling.top_p < 1:
             probabilities = _nucleus(probabilities, self._sampling.top_p)
         return int(torch.multinomial(probabilities, 1, generator=self._rng()))

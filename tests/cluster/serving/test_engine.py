@@ -271,4 +271,5 @@ def test_sampler_follows_the_distribution_and_the_nucleus() -> None:
     nucleus = Sampler(Sampling(top_p=0.6, seed=0))
     assert {nucleus(logits) for _ in range(200)} == {0, 1}
     assert {Sampler(Sampling(top_p=0.0))(logits) for _ in range(20)} == {0}
-    assert {Sampler(Sampling(temperature=1e-6))(logits) for _ in range(20)} == {0}
+    for temperature in (1e-6, 1e-38, 1e-45, 5e-324):
+        assert {Sampler(Sampling(temperature=temperature))(logits) for _ in range(20)} == {0}
