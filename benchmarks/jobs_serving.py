@@ -295,7 +295,7 @@ def nf4() -> list[Row]:
     rows, share = [], sizes[0] / sizes[1]
     for count, target in ((1, 1.5), (16, 0.8)):
         best = alternating({"ours": (packed, [None] * count), "fp32": (dense, [None] * count)})
-        note = f"{best['ours'] * 1e3:.0f} against {best['fp32'] * 1e3:.0f} ms; {share:.2f} of the memory, embedding and all"
+        note = f"{best['ours'] * 1e3:.0f} against {best['fp32'] * 1e3:.0f} ms; {share:.2f} of the memory, embedding too"
         job = f"NF4 base, {count} request{'s' if count > 1 else ''}"
         rows.append(row(job, "fp32 base", best["fp32"] / best["ours"], target, valid=share <= 0.35, note=note))
     return rows
